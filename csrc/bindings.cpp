@@ -1,0 +1,147 @@
+// The Python module fishfast._C: the only file that knows pybind11. Tensors arrive as addresses, so
+// the module links no torch. Checks here are those that need no Python knowledge.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <tuple>
+
+#include "launch.h"
+
+#ifdef FISHFAST_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace py = pybind11;
+using namespace fishfast;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// FakeTensor, meta tensors and DTensor have address 0: a kernel must never see them.
+void require_address(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(std::string(what) + " has no memory (meta or fake tensor?)");
+}
+
+template <class Row>
+void check_rows(const Row* rows, int64_t num_rows) {
+  require_address(rows != nullptr || num_rows == 0, "the table of rows");
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (rows[r].k == 0) continue;
+    require_address(rows[r].grad != nullptr, "a gradient");
+    require_address(rows[r].values != nullptr, "a compact parameter");
+    require_address((rows[r].target.weight == nullptr) == (rows[r].target.offsets == nullptr),
+                    "a weight or its offsets");
+  }
+}
+
+void adam_cpu(uintptr_t rows, int64_t num_rows, int num_threads) {
+  check_rows(pointer<SparseAdamRow>(rows), num_rows);
+  py::gil_scoped_release release;
+  sparse_adam_cpu(pointer<SparseAdamRow>(rows), num_rows, num_threads);
+}
+
+void sgd_cpu(uintptr_t rows, int64_t num_rows, int num_threads) {
+  check_rows(pointer<SparseSgdRow>(rows), num_rows);
+  py::gil_scoped_release release;
+  sparse_sgd_cpu(pointer<SparseSgdRow>(rows), num_rows, num_threads);
+}
+
+TopkSelection select_topk(const std::vector<std::tuple<uintptr_t, int64_t, int>>& tensors,
+                          int64_t k, int num_threads) {
+  std::vector<ScoreTensor> scores;
+  for (const auto& [address, numel, storage] : tensors) {
+    require_address(address != 0 || numel == 0, "a score tensor");
+    scores.push_back({pointer<const void>(address), numel, static_cast<Storage>(storage)});
+  }
+  py::gil_scoped_release release;
+  return TopkSelection(std::move(scores), k, num_threads);
+}
+
+void emit_topk(const TopkSelection& selection, const std::vector<uintptr_t>& outputs,
+               const std::vector<bool>& wide) {
+  std::vector<void*> addresses;
+  for (uintptr_t output : outputs) addresses.push_back(pointer<void>(output));
+  py::gil_scoped_release release;
+  selection.emit(addresses, wide);
+}
+
+py::dict build_info() {
+  py::dict info;
+#ifdef __VERSION__
+  info["compiler"] = __VERSION__;
+#endif
+#ifdef FISHFAST_WITH_CUDA
+  info["nvcc"] = FISHFAST_NVCC_VERSION;
+  info["cuda_archs"] = FISHFAST_CUDA_ARCHS;
+#else
+  info["nvcc"] = py::none();
+  info["cuda_archs"] = py::none();
+#endif
+  return info;
+}
+
+#ifdef FISHFAST_WITH_CUDA
+// Works on the tensor's own device, whatever the caller's current one is.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_));
+    check(cudaSetDevice(device));
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+  static void check(cudaError_t status) {
+    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  }
+
+ private:
+  int previous_ = 0;
+};
+
+void adam_cuda(uintptr_t rows, uintptr_t chunks, int64_t num_chunks, int device, uintptr_t stream) {
+  require_address((rows != 0 && chunks != 0) || num_chunks == 0, "the table of rows or chunks");
+  DeviceGuard guard(device);
+  sparse_adam_cuda(pointer<SparseAdamRow>(rows), pointer<AdamChunk>(chunks), num_chunks,
+                   pointer<void>(stream));
+}
+
+// Quiet without a driver: cudaGetDeviceCount returns an error that is kept as the reason.
+std::pair<int, std::string> cuda_device_count() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess) return {count, count == 0 ? "no CUDA device" : ""};
+  cudaGetLastError();
+  return {0, cudaGetErrorString(status)};
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fishfast's compiled kernels; call them through the fishfast package.";
+  m.def("build_info", &build_info);
+
+  m.attr("SPARSE_ADAM_ROW_BYTES") = sizeof(SparseAdamRow);
+  m.attr("ADAM_ENTRIES_PER_CHUNK") = kAdamEntriesPerChunk;
+  m.def("sparse_adam_cpu", &adam_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
+  m.attr("SPARSE_SGD_ROW_BYTES") = sizeof(SparseSgdRow);
+  m.def("sparse_sgd_cpu", &sgd_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
+
+  py::class_<TopkSelection>(m, "TopkSelection")
+      .def(py::init(&select_topk), py::arg("tensors"), py::arg("k"), py::arg("num_threads"))
+      .def_property_readonly("bad_tensor", &TopkSelection::bad_tensor)
+      .def_property_readonly("bad_index", &TopkSelection::bad_index)
+      .def_property_readonly("num_selected", &TopkSelection::num_selected)
+      .def_property_readonly("num_zero_score", &TopkSelection::num_zero_score)
+      .def("emit", &emit_topk, py::arg("outputs"), py::arg("wide"));
+
+#ifdef FISHFAST_WITH_CUDA
+  m.def("cuda_device_count", &cuda_device_count);
+  m.def("sparse_adam_cuda", &adam_cuda, py::arg("rows"), py::arg("chunks"), py::arg("num_chunks"),
+        py::arg("device"), py::arg("stream"));
+#endif
+}

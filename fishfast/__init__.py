@@ -1,0 +1,39 @@
+"""FISH Mask training: score every weight, keep the k most important, train only those.
+
+    fisher = estimate_fisher(model, loader, num_samples=256)
+    mask   = top_k_mask(fisher, density=0.005, keep=["classifier"])
+    tuned  = train_only(model, mask)
+    opt    = AdamW(tuned.parameters(), lr=5e-5)
+    ...
+    save_delta(tuned, "task.safetensors")
+"""
+
+from fishfast._backend import build_info
+from fishfast.baseline_masks import bias_mask, magnitude_scores, random_mask
+from fishfast.delta import Delta, load_delta, save_delta
+from fishfast.fisher import Fisher, estimate_fisher
+from fishfast.mask import SparseMask
+from fishfast.sparse_adam import AdamW
+from fishfast.sparse_sgd import SGD
+from fishfast.topk_mask import top_k_mask
+from fishfast.train_only import SparseTuning, train_only
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Delta",
+    "Fisher",
+    "SparseMask",
+    "SparseTuning",
+    "bias_mask",
+    "build_info",
+    "estimate_fisher",
+    "load_delta",
+    "magnitude_scores",
+    "random_mask",
+    "save_delta",
+    "top_k_mask",
+    "train_only",
+]

@@ -1,0 +1,138 @@
+"""Safetensors files written atomically and read with suspicion; no pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["PathLike", "check_indices", "read_checked", "write_atomically"]
+
+PathLike = str | os.PathLike[str]
+
+
+def write_atomically(path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file so that a kill at any moment leaves the old file or the new one.
+
+    Temporary file in the same folder, fsync, rename over the target, fsync of the folder.
+
+    Args:
+        path: target; its folder must exist.
+        tensors: any devices; written contiguous.
+        metadata: the header's string entries.
+    """
+    target = Path(path)
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        os.close(handle)
+        save_file(ready, temporary, metadata)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner only
+        _fsync(temporary, os.O_RDWR)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _fsync(target.parent, os.O_RDONLY)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync(path: PathLike, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_checked(path: PathLike, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file that `write_atomically` wrote, or refuse it.
+
+    Args:
+        path: the file.
+        kind: what its ``format`` entry must be, such as ``"fishfast.mask"``.
+        version: the newest ``format_version`` that is understood.
+
+    Returns:
+        The tensors and the metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, another format, a newer version, or a name that occurs
+            twice in its header.
+    """
+    _refuse_duplicate_names(Path(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind:
+                raise ValueError(
+                    f"{os.fspath(path)!r} must be a {kind} file; its format is "
+                    f"{metadata.get('format')!r}"
+                )
+            if metadata.get("format_version") != str(version):
+                raise ValueError(
+                    f"{os.fspath(path)!r} has format_version {metadata.get('format_version')!r}; "
+                    f"this fishfast reads version {version}; upgrade fishfast or save it again"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+
+
+def _refuse_duplicate_names(path: Path) -> None:
+    """Safetensors accepts a header that names a tensor twice and keeps the last one."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        entries: dict[str, object] = {}
+        for name, value in pairs:
+            if name in entries:
+                raise ValueError(f"{os.fspath(path)!r} names {name!r} twice in its header")
+            entries[name] = value
+        return entries
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return  # not a safetensors file; safe_open says so
+        try:
+            json.loads(file.read(length), object_pairs_hook=unique)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return  # likewise
+
+
+def check_indices(name: str, indices: Tensor, numel: int, source: str) -> None:
+    """Refuse indices that are not ascending, unique, integer and within a tensor of ``numel``.
+
+    Args:
+        name: the parameter, for the message.
+        indices: what to check.
+        numel: size of the parameter.
+        source: what the indices came from, for the message.
+
+    Raises:
+        ValueError: with the parameter's name and what is wrong.
+    """
+    problem = ""
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        problem = f"are {indices.dtype} of shape {tuple(indices.shape)}, not a vector of int32 or int64"
+    elif len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= numel):
+        problem = f"reach from {int(indices.min())} to {int(indices.max())} in a tensor of {numel}"
+    elif len(indices) > 1 and not bool((indices[1:] > indices[:-1]).all()):
+        problem = "are not strictly ascending"
+    if problem:
+        raise ValueError(f"{source}: the indices of {name!r} {problem}")

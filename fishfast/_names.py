@@ -1,0 +1,77 @@
+"""How ``keep`` and ``exclude`` name parameters: one rule for every kind of mask."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+__all__ = ["match_names", "split_by_rule"]
+
+
+def match_names(entries: str | Iterable[str], names: Sequence[str], argument: str) -> list[str]:
+    """Return the parameter names that the entries select, in the order of ``names``.
+
+    An entry is a path ("classifier" is every parameter under that module, "classifier.bias" is
+    one parameter) or a glob on full names ("*.bias"). A path is never a substring: "fc" does not
+    match "mlp.fc1.weight".
+
+    Args:
+        entries: one entry or several.
+        names: all parameter names.
+        argument: what the caller calls the entries, for the error message.
+
+    Returns:
+        The matching names.
+
+    Raises:
+        TypeError: an entry that is not a string.
+        ValueError: an entry that matches nothing.
+    """
+    matched: set[str] = set()
+    for entry in [entries] if isinstance(entries, str) else entries:
+        if not isinstance(entry, str):
+            raise TypeError(f"{argument} entries must be strings; got {entry!r}")
+        if any(character in entry for character in "*?["):
+            found = set(fnmatch.filter(names, entry)) | _under_path(entry, names)
+        else:
+            found = _under_path(entry, names)
+        if not found:
+            modules = {name.rpartition(".")[0] for name in names}
+            near = difflib.get_close_matches(entry, [*names, *sorted(modules - {""})], n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(
+                f"{argument} entry {entry!r} matches no parameter (a module or parameter path, or "
+                f"a glob on full names such as '*.bias'){hint}"
+            )
+        matched |= found
+    return [name for name in names if name in matched]
+
+
+def _under_path(path: str, names: Sequence[str]) -> set[str]:
+    """Return the names that are ``path`` itself or lie under the module ``path``."""
+    return {name for name in names if name == path or name.startswith(path + ".")}
+
+
+def split_by_rule(
+    names: Sequence[str], keep: str | Iterable[str], exclude: str | Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Return the names that are always in the mask and those that compete for the rest.
+
+    Args:
+        names: all parameter names.
+        keep: entries that are always in the mask.
+        exclude: entries that are never in it.
+
+    Returns:
+        ``(kept, eligible)``, each in the order of ``names``.
+
+    Raises:
+        ValueError: a name that is both kept and excluded.
+    """
+    kept = match_names(keep, names, "keep")
+    excluded = match_names(exclude, names, "exclude")
+    if both := [name for name in kept if name in set(excluded)]:
+        raise ValueError(f"keep and exclude must not overlap; both match {both[0]!r}")
+    taken = {*kept, *excluded}
+    return kept, [name for name in names if name not in taken]

@@ -1,0 +1,278 @@
+"""Compact parameters and the gradient tap: how k values of a frozen weight are trained.
+
+A masked weight W is frozen. Next to it, on the same module, a `CompactParameter` holds its k
+selected values as fp32 masters. Reading ``module.weight`` in grad mode passes W through the tap, an
+autograd function whose forward returns W itself and whose backward hands the compact parameter
+``dW[indices]``. The tap is a property on a per-instance subclass of the module's class, so any code
+that reads the attribute is covered, and uses of the weight in several places add up.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["VALUES_SUFFIX", "CompactParameter", "Target", "compact_parameters", "tap", "untap"]
+
+VALUES_SUFFIX = "_values"
+
+
+class Target:
+    """Where the values of a compact parameter live.
+
+    Args:
+        owners: every (module, parameter name) that holds the weight; several when it is tied.
+        indices: ascending flat indices of the selected weights, row-major.
+    """
+
+    def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor) -> None:
+        self.owners = owners
+        self.indices = indices
+        self._offsets: tuple[tuple[int, ...], Tensor] | None = None
+
+    def weight(self) -> Tensor:
+        """Return the weight as the module holds it now.
+
+        Raises:
+            RuntimeError: a tied weight whose owners hold different tensors now.
+        """
+        module, name = self.owners[0]
+        weight = module._parameters[name]
+        if weight is None:
+            raise RuntimeError(f"the masked parameter {name!r} of {type(module).__name__} is gone")
+        if not self.is_whole():
+            raise RuntimeError(
+                f"the tied weight {name!r} was untied after train_only (load_state_dict with "
+                "assign=True?); tie it again, for instance with model.tie_weights()"
+            )
+        return weight
+
+    def is_whole(self) -> bool:
+        """Return whether every owner of the weight holds the same tensor."""
+        return len({id(module._parameters[name]) for module, name in self.owners}) == 1
+
+    def offsets(self) -> Tensor:
+        """Return where the selected weights lie in the weight's storage: indices, if contiguous."""
+        weight = self.weight()
+        if weight.is_contiguous():
+            return self.indices
+        if self._offsets is None or self._offsets[0] != weight.stride():
+            coordinates = torch.unravel_index(self.indices.long(), weight.shape)
+            offsets = sum(c * stride for c, stride in zip(coordinates, weight.stride(), strict=True))
+            self._offsets = (weight.stride(), torch.as_tensor(offsets))
+        return self._offsets[1].to(weight.device)
+
+    def gather(self) -> Tensor:
+        """Return the selected weights, in the weight's dtype."""
+        return self.weight().detach().flatten().index_select(0, self.indices)
+
+    def scatter_(self, values: Tensor) -> None:
+        """Write values, rounded to the weight's dtype, into the weight and nothing else."""
+        weight = self.weight().detach()
+        storage = weight.as_strided((_extent(weight),), (1,))
+        storage.index_copy_(0, self.offsets().long(), values.detach().to(weight.dtype))
+
+
+def _extent(tensor: Tensor) -> int:
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+class CompactParameter(nn.Parameter):
+    """The fp32 masters of a weight's selected values; ``target`` says where they go."""
+
+    target: Target
+
+    def __new__(cls, values: Tensor, target: Target | None, requires_grad: bool = True) -> Any:
+        """Make the parameter from fp32 values."""
+        parameter = torch.Tensor._make_subclass(cls, values, requires_grad)
+        if target is not None:
+            parameter.target = target
+        return parameter
+
+    def refresh_(self) -> None:
+        """Take over weights that were changed from outside, such as by ``load_state_dict``.
+
+        A master that still rounds to its weight is kept, with its extra bits.
+        """
+        with torch.no_grad():
+            weights = self.target.gather()
+            agree = self.detach().to(weights.dtype) == weights
+            self.copy_(torch.where(agree, self, weights.float()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactParameter:
+        """Copy values and target; the module in the target is the one that is being copied."""
+        if id(self) in memo:
+            return memo[id(self)]
+        copied = CompactParameter(self.detach().clone(), None, self.requires_grad)
+        memo[id(self)] = copied
+        copied.target = copy.deepcopy(self.target, memo)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the values, then the target, which refers back to this parameter's module."""
+        # The target travels as state: as an argument it would need this object before it exists.
+        args = (self.detach(), self.requires_grad)
+        return _rebuild_compact, args, self.target, None, None, _set_target
+
+
+def _rebuild_compact(values: Tensor, requires_grad: bool) -> CompactParameter:
+    return CompactParameter(values, None, requires_grad)
+
+
+def _set_target(parameter: CompactParameter, target: Target) -> None:
+    parameter.target = target
+
+
+class _GradientTap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        return None, grad.flatten().index_select(0, indices).float(), None
+
+
+class _TappedModule(nn.Module):
+    """What a module with masked weights does differently. Mixed in before the module's class."""
+
+    _masked: dict[str, Target]  # parameter name -> target
+
+    def _without_compact(self, call: Callable[[], Any]) -> Any:
+        """Run something that must see the base parameters only."""
+        names = [name + VALUES_SUFFIX for name in self._masked]
+        held = {name: self._parameters.pop(name) for name in names if name in self._parameters}
+        try:
+            return call()
+        finally:
+            self._parameters.update(held)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move with the module, but stay fp32: `model.to(bfloat16)` must not round the masters."""
+        base_apply = super()._apply
+        result = self._without_compact(lambda: base_apply(fn, recurse))
+        for name, target in self._masked.items():
+            values = self._parameters[name + VALUES_SUFFIX]
+            if values is not None:
+                values.data = _moved(values.data, fn)
+                if values.grad is not None:
+                    values.grad.data = _moved(values.grad.data, fn)
+            weight = self._parameters[name]
+            if weight is not None:
+                target.indices = target.indices.to(weight.device)
+        return result
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the base model's keys only."""
+        base_save = super()._save_to_state_dict
+        self._without_compact(lambda: base_save(destination, prefix, keep_vars))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load the base model's keys and take over what they changed."""
+        base_load = super()._load_from_state_dict
+        self._without_compact(lambda: base_load(state_dict, prefix, *args))
+        for name, target in self._masked.items():
+            values = self._parameters[name + VALUES_SUFFIX]
+            if prefix + name in state_dict and isinstance(values, CompactParameter):
+                # With assign=True a tied weight is in pieces here; the next step names that.
+                if target.is_whole():
+                    values.refresh_()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy through the base class: the tapped class is made again."""
+        function, args, *rest = super().__reduce_ex__(protocol)
+        if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
+            return _rebuild_module, (_base_class(self), tuple(self._masked)), *rest
+        return function, args, *rest
+
+
+def _moved(values: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    moved = fn(values)
+    return moved if moved.dtype == values.dtype else values.to(moved.device)
+
+
+def _tapped_property(name: str) -> property:
+    values_name = name + VALUES_SUFFIX
+
+    def read(module: Any) -> Any:
+        weight = module._parameters[name]
+        values = module._parameters.get(values_name)
+        if values is None or not (torch.is_grad_enabled() and values.requires_grad):
+            return weight
+        return _GradientTap.apply(weight, values, module._masked[name].indices)
+
+    return property(read)
+
+
+def _flat_weights(module: Any) -> list[Any]:
+    # nn.LSTM and its kin keep references to their weights in a list, past any attribute access.
+    return [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+@functools.cache
+def _tapped_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    namespace: dict[str, Any] = {name: _tapped_property(name) for name in names}
+    if issubclass(base, nn.RNNBase):
+        namespace["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
+    # repr, error messages and torch.compile show the module's own class name.
+    namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return types.new_class(base.__name__, (_TappedModule, base), {}, lambda ns: ns.update(namespace))
+
+
+def _base_class(module: nn.Module) -> type[nn.Module]:
+    return type(module).__mro__[2]  # tapped class, _TappedModule, the module's own class
+
+
+def _rebuild_module(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = _tapped_class(base, names)
+    return cls.__new__(cls)
+
+
+def tap(target: Target) -> CompactParameter:
+    """Register a compact parameter beside a weight and route the weight's gradient to it.
+
+    Args:
+        target: the weight's owners and the selected indices.
+
+    Returns:
+        The compact parameter, on every owner under the weight's name + ``_values``.
+    """
+    values = CompactParameter(target.gather().float(), target)
+    for module, name in target.owners:
+        if not isinstance(module, _TappedModule):
+            base, masked = type(module), {}
+        else:
+            base, masked = _base_class(module), module._masked
+        masked[name] = target
+        module.__class__ = _tapped_class(base, tuple(masked))
+        module._masked = masked  # type: ignore[assignment]
+        module.register_parameter(name + VALUES_SUFFIX, values)
+    return values
+
+
+def untap(model: nn.Module) -> None:
+    """Give every module its own class back and drop the compact parameters."""
+    for module in model.modules():
+        if isinstance(module, _TappedModule):
+            for name in module._masked:
+                module._parameters.pop(name + VALUES_SUFFIX, None)
+            module.__class__ = _base_class(module)
+            del module._masked
+
+
+def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter]]:
+    """Yield (name, parameter) for each compact parameter of a model, each once."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, CompactParameter):
+            yield name, parameter

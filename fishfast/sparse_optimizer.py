@@ -1,0 +1,222 @@
+"""What the optimizers share: the torch.optim contract around one launch for all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fishfast import _backend
+from fishfast.compact import CompactParameter, Target
+
+__all__ = ["TARGET_DTYPE", "SparseOptimizer", "Update", "fill_targets"]
+
+# csrc/launch.h, struct ScatterTarget; the storage codes are csrc/storage.h's.
+TARGET_DTYPE = np.dtype(
+    [("weight", "<u8"), ("offsets", "<u8"), ("storage", "<i4"), ("wide_offsets", "<i4")]
+)
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Update:
+    """One parameter's part in a step.
+
+    Attributes:
+        values: the compact parameter, or a plain fp32 one.
+        grad: its gradient, contiguous.
+        state: the optimizer's state of it.
+        group: its param group.
+        target: where the values go; None for a plain parameter.
+        weight: the target's weight.
+    """
+
+    def __init__(self, values: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        assert values.grad is not None
+        self.values, self.state, self.group = values, state, group
+        self.grad = values.grad.contiguous()
+        self.target: Target | None = getattr(values, "target", None)
+        self.weight = None if self.target is None else self.target.weight()
+        if values.grad.is_sparse or self.grad.dtype != torch.float32:
+            raise RuntimeError(
+                f"gradients must be dense float32; got {values.grad.dtype}, {values.grad.layout}"
+            )
+        if self.weight is not None and self.weight.dtype not in _STORAGE:
+            raise RuntimeError(
+                "masked weights must be float32, bfloat16 or float16; the model was moved to "
+                f"{self.weight.dtype} after train_only"
+            )
+        if self.weight is not None and self.weight.device != values.device:
+            raise RuntimeError(
+                f"a masked weight is on {self.weight.device} and its compact parameter on "
+                f"{values.device}; move the whole model with model.to()"
+            )
+
+    def lr(self) -> float:
+        """Return the learning rate as a number; a tensor lr costs a synchronisation on a GPU."""
+        return float(self.group["lr"])
+
+
+class SparseOptimizer(Optimizer):
+    """Base of `AdamW` and `SGD`: checks, loss scaling, masters in the state dict.
+
+    Args:
+        params: compact parameters from ``tuned.parameters()``; plain contiguous fp32 parameters
+            are accepted too and trained densely, frozen parameters are accepted and left alone.
+        defaults: the options of a param group.
+        backend: ``"auto"``, ``"cuda"``, ``"cpu"`` or ``"torch"``.
+    """
+
+    _operation: str  # key of the backend table
+    _step_supports_amp_scaling = True  # GradScaler hands over found_inf and grad_scale
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], backend: str = "auto"
+    ) -> None:
+        self._backend = backend
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                _backend.choose(self._operation, parameter.device, backend)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of compact or plain fp32 parameters.
+
+        Args:
+            param_group: as for any torch optimizer.
+
+        Raises:
+            ValueError: a trainable parameter of another dtype, or one that is not contiguous.
+        """
+        held = len(self.param_groups)
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if not parameter.requires_grad or isinstance(parameter, CompactParameter):
+                continue
+            if parameter.dtype != torch.float32 or not parameter.is_contiguous():
+                del self.param_groups[held:]
+                raise ValueError(
+                    "params must be compact parameters or contiguous float32 ones; got "
+                    f"{parameter.dtype} of shape {tuple(parameter.shape)}; pass tuned.parameters()"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, and write the result into the weights.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient or weight that cannot be updated; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return loss  # overflow: no update, and no step is counted
+        scale = getattr(self, "grad_scale", None)
+        grad_scale = 1.0 if scale is None else float(scale)
+
+        updates: dict[torch.device, list[Update]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update = Update(parameter, self.state[parameter], group)
+                    updates.setdefault(parameter.device, []).append(update)
+        for device, batch in updates.items():
+            self._advance(batch)
+            chosen = _backend.choose(self._operation, device, self._backend)
+            if chosen == "torch":
+                for update in batch:
+                    self._update_torch(update, grad_scale)
+                    if update.target is not None:
+                        update.target.scatter_(update.values)
+            else:
+                self._update_compiled(batch, grad_scale, device, chosen)
+                # Raw pointers do not tell autograd that these changed.
+                for update in batch:
+                    changed = [update.values, update.weight]
+                    torch.autograd.graph.increment_version([t for t in changed if t is not None])
+        return loss
+
+    def _advance(self, updates: list[Update]) -> None:
+        """Make missing state and count the step."""
+        raise NotImplementedError
+
+    def _update_torch(self, update: Update, grad_scale: float) -> None:
+        raise NotImplementedError
+
+    def _update_compiled(
+        self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
+    ) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with the fp32 masters of weights that hold fewer bits.
+
+        Returns:
+            As any torch optimizer; loads into torch's own optimizer of the same name over the
+            compact parameters, and theirs loads here.
+        """
+        saved = super().state_dict()
+        for index, parameter in enumerate(self._parameters_in_order()):
+            target = getattr(parameter, "target", None)
+            if target is not None and target.weight().dtype != torch.float32:
+                entry = saved["state"].get(index, {})
+                saved["state"][index] = {**entry, "master": parameter.detach()}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; masters are taken over where they round to the present weights.
+
+        So load the model first, then the optimizer, as usual.
+
+        Args:
+            state_dict: from ``state_dict()`` of this optimizer or torch's of the same name.
+        """
+        super().load_state_dict(state_dict)
+        for parameter in self._parameters_in_order():
+            master = self.state[parameter].pop("master", None) if parameter in self.state else None
+            if master is not None and isinstance(parameter, CompactParameter):
+                with torch.no_grad():
+                    parameter.copy_(master)
+                parameter.refresh_()
+
+    def _parameters_in_order(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+
+def fill_targets(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
+    """Fill the columns that every optimizer's rows have.
+
+    Args:
+        rows: records with ``target``, ``grad``, ``values`` and ``k``.
+        updates: one per row.
+
+    Returns:
+        Tensors whose addresses the rows hold; keep them until the launch.
+    """
+    held = []
+    for row, update in zip(rows, updates, strict=True):
+        if update.target is not None and update.weight is not None:
+            offsets = update.target.offsets()
+            held.append(offsets)
+            row["target"] = (
+                update.weight.data_ptr(),
+                offsets.data_ptr(),
+                _STORAGE[update.weight.dtype],
+                offsets.dtype == torch.int64,
+            )
+    rows["grad"] = [update.grad.data_ptr() for update in updates]
+    rows["values"] = [update.values.data_ptr() for update in updates]
+    rows["k"] = [update.values.numel() for update in updates]
+    return held

@@ -1,0 +1,35 @@
+"""Shared set-up: says what is under test, and skips GPU cases with a reason."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import fishfast as ff
+
+GPU_REASON = "no CUDA device on this machine"
+
+
+def pytest_report_header() -> list[str]:
+    """Name the files and backends under test, so that a log tells what ran."""
+    info = ff.build_info()
+    return [
+        f"fishfast {info['version']} from {os.path.dirname(ff.__file__)}",
+        f"extension {info['extension']} (nvcc {info['nvcc']}), torch {info['torch']}",
+        f"unavailable {info['unavailable']}",
+    ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=GPU_REASON))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
