@@ -1,7 +1,7 @@
 """Builds fishfast._C through CMake and ninja; pure Python when the machine has no C++ compiler.
 
 Switches (environment):
-    FISHFAST_CUDA=auto|on|off   auto (default) compiles CUDA when nvcc works; on makes a missing nvcc fatal.
+    FISHFAST_CUDA=auto|on|off   auto (default): CUDA when nvcc works; on: a missing nvcc is fatal.
     FISHFAST_CUDA_ARCHS=80,90   what nvcc compiles for; default: chosen by the compiler's version.
     FISHFAST_REQUIRE_EXT=1      no compiler is an error, not a pure Python install.
 """
@@ -51,7 +51,9 @@ class CMakeBuild(build_ext):
         """Build, or say loudly that this install is pure Python."""
         if find_cxx() is None:
             if os.environ.get("FISHFAST_REQUIRE_EXT") == "1":
-                sys.exit("fishfast: FISHFAST_REQUIRE_EXT=1, but no C++ compiler was found" + NO_COMPILER)
+                sys.exit(
+                    "fishfast: FISHFAST_REQUIRE_EXT=1, but no C++ compiler was found" + NO_COMPILER
+                )
             print(NO_COMPILER, file=sys.stderr, flush=True)
             self.extensions.clear()
             return
@@ -64,14 +66,16 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
+        # A virtual environment that is used without being activated has cmake and ninja there.
+        scripts = str(Path(sys.executable).parent)
+        environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
         cuda = os.environ.get("FISHFAST_CUDA", "auto").lower()
         if cuda not in ("auto", "on", "off"):
             sys.exit(f"fishfast: FISHFAST_CUDA must be auto, on or off; got {cuda!r}")
         if cuda != "off" and (nvcc := find_nvcc()):
             environment["CUDACXX"] = nvcc
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -80,8 +84,11 @@ class CMakeBuild(build_ext):
             # ';' would split the list inside -D, so architectures travel with commas.
             f"-DFISHFAST_CUDA_ARCHS={os.environ.get('FISHFAST_CUDA_ARCHS', '').replace(';', ',')}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True, env=environment)
-        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
+        cmake = shutil.which("cmake", path=environment["PATH"])
+        if cmake is None:
+            sys.exit("fishfast: cmake was not found; pip install cmake ninja pybind11")
+        subprocess.run([cmake, *configure], check=True, env=environment)
+        subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
 
 
 # optional stays False: only a missing compiler makes a pure Python install, a broken build fails.

@@ -12,10 +12,10 @@ namespace fishfast {
 
 // Where the compact values of one masked weight go after a step.
 struct ScatterTarget {
-  void* weight;           // storage of the weight; null for a parameter that is not masked
-  const void* offsets;    // [k] int32 or int64, unique: position of each entry in that storage
-  Storage storage;        // dtype of the weight
-  int32_t wide_offsets;   // 1 if offsets are int64
+  void* weight;          // storage of the weight; null for a parameter that is not masked
+  const void* offsets;   // [k] int32 or int64, unique: position of each entry in that storage
+  Storage storage;       // dtype of the weight
+  int32_t wide_offsets;  // 1 if offsets are int64
 };
 
 // ---- sparse_adam ------------------------------------------------------------------------------
@@ -32,10 +32,10 @@ struct AdamScalars {  // all in fp32, rounded once from Python's doubles
 
 struct SparseAdamRow {  // one compact parameter; a table of rows is one launch
   ScatterTarget target;
-  const float* grad;   // [k]
-  float* values;       // [k] fp32 masters
-  float* exp_avg;      // [k]
-  float* exp_avg_sq;   // [k]
+  const float* grad;  // [k]
+  float* values;      // [k] fp32 masters
+  float* exp_avg;     // [k]
+  float* exp_avg_sq;  // [k]
   int64_t k;
   AdamScalars scalars;
 };
@@ -88,7 +88,8 @@ class TopkSelection {
   // Reads the scores (1 <= k <= number of scores) and finds the threshold.
   TopkSelection(std::vector<ScoreTensor> tensors, int64_t k, int num_threads);
 
-  // First score that is NaN or negative: (tensor, index), or (-1, -1). With one, nothing is selected.
+  // First score that is NaN or negative: (tensor, index), or (-1, -1). With one, nothing is
+  // selected.
   int64_t bad_tensor() const { return bad_tensor_; }
   int64_t bad_index() const { return bad_index_; }
 

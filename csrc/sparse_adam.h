@@ -22,7 +22,8 @@ FF_HOST_DEVICE void adam_update(const AdamScalars& s, float grad, float& value, 
                    near_start ? exp_avg : grad);
   exp_avg_sq = fma_rn(mul_rn(s.one_minus_beta2, grad), grad, mul_rn(exp_avg_sq, s.beta2));
   const float denominator = add_rn(div_rn(sqrt_rn(exp_avg_sq), s.bias_correction2_sqrt), s.eps);
-  value = add_rn(mul_rn(value, s.decay), div_rn(mul_rn(s.negative_step_size, exp_avg), denominator));
+  value =
+      add_rn(mul_rn(value, s.decay), div_rn(mul_rn(s.negative_step_size, exp_avg), denominator));
 }
 
 }  // namespace fishfast

@@ -1,7 +1,7 @@
 // SGD on the masked entries, on CPU threads:
 //
-//   g <- g + wd x        b <- momentum b + (1 - dampening) g      g <- g + momentum b (nesterov) or b
-//   x <- x - lr g
+//   g <- g + wd x        b <- momentum b + (1 - dampening) g      g <- g + momentum b (nesterov) or
+//   b x <- x - lr g
 //
 // Sutskever et al., "On the importance of initialization and momentum in deep learning" (ICML
 // 2013), in the form and with the rounding of torch.optim.SGD(foreach=False): every add with a
@@ -19,8 +19,8 @@ FF_CPU_CLONES static void update_block(const SparseSgdRow& row, int64_t begin, i
     float grad = mul_rn(div_rn(row.grad[i], s.grad_scale), s.grad_sign);
     if (s.weight_decay != 0.0f) grad = fma_rn(values[i], s.weight_decay, grad);
     if (buffer != nullptr) {
-      buffer[i] = s.first_step ? grad
-                               : fma_rn(grad, s.one_minus_dampening, mul_rn(buffer[i], s.momentum));
+      buffer[i] =
+          s.first_step ? grad : fma_rn(grad, s.one_minus_dampening, mul_rn(buffer[i], s.momentum));
       grad = s.nesterov ? fma_rn(buffer[i], s.momentum, grad) : buffer[i];
     }
     values[i] = fma_rn(grad, s.negative_lr, values[i]);

@@ -1,11 +1,11 @@
 """FISH Mask training: score every weight, keep the k most important, train only those.
 
-    fisher = estimate_fisher(model, loader, num_samples=256)
-    mask   = top_k_mask(fisher, density=0.005, keep=["classifier"])
-    tuned  = train_only(model, mask)
-    opt    = AdamW(tuned.parameters(), lr=5e-5)
-    ...
-    save_delta(tuned, "task.safetensors")
+fisher = estimate_fisher(model, loader, num_samples=256)
+mask   = top_k_mask(fisher, density=0.005, keep=["classifier"])
+tuned  = train_only(model, mask)
+opt    = AdamW(tuned.parameters(), lr=5e-5)
+...
+save_delta(tuned, "task.safetensors")
 """
 
 from fishfast._backend import build_info

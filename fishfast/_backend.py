@@ -19,7 +19,7 @@ import torch
 __all__ = ["build_info", "choose", "compiled", "num_threads"]
 
 # What can run each operation on each kind of device, best first.
-_PREFERENCE = {
+_PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "fisher": {"cpu": ("torch",), "cuda": ("torch",)},
     "topk_mask": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
     "sparse_adam": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},

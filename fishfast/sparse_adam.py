@@ -161,7 +161,7 @@ class AdamW(SparseOptimizer):
 
 def _scalars(update: Update, grad_scale: float) -> dict[str, float]:
     """The numbers of one parameter's step, in double, in the order of AdamScalars."""
-    group = update.group
+    group, lr = update.group, update.lr()
     beta1, beta2 = group["betas"]
     step = float(update.state["step"])
     return {
@@ -169,8 +169,8 @@ def _scalars(update: Update, grad_scale: float) -> dict[str, float]:
         "beta2": beta2,
         "one_minus_beta2": 1 - beta2,
         "eps": group["eps"],
-        "decay": 1 - update.lr() * group["weight_decay"],
-        "negative_step_size": -(update.lr() / (1 - beta1**step)),
+        "decay": float(1 - lr * group["weight_decay"]),
+        "negative_step_size": -float(lr / (1 - beta1**step)),
         "bias_correction2_sqrt": (1 - beta2**step) ** 0.5,
         "grad_scale": grad_scale,
         "grad_sign": -1.0 if group["maximize"] else 1.0,

@@ -36,14 +36,19 @@ class Update:
 
     def __init__(self, values: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         assert values.grad is not None
+        if values.grad.layout != torch.strided or values.grad.dtype != torch.float32:
+            raise RuntimeError(
+                f"gradients must be dense float32; got {values.grad.dtype}, {values.grad.layout}"
+            )
+        if not values.is_contiguous():
+            raise RuntimeError(
+                "parameters must be contiguous; got one of shape "
+                f"{tuple(values.shape)} and strides {values.stride()}"
+            )
         self.values, self.state, self.group = values, state, group
         self.grad = values.grad.contiguous()
         self.target: Target | None = getattr(values, "target", None)
         self.weight = None if self.target is None else self.target.weight()
-        if values.grad.is_sparse or self.grad.dtype != torch.float32:
-            raise RuntimeError(
-                f"gradients must be dense float32; got {values.grad.dtype}, {values.grad.layout}"
-            )
         if self.weight is not None and self.weight.dtype not in _STORAGE:
             raise RuntimeError(
                 "masked weights must be float32, bfloat16 or float16; the model was moved to "
@@ -55,9 +60,13 @@ class Update:
                 f"{values.device}; move the whole model with model.to()"
             )
 
-    def lr(self) -> float:
-        """Return the learning rate as a number; a tensor lr costs a synchronisation on a GPU."""
-        return float(self.group["lr"])
+    def lr(self) -> Any:
+        """Return the learning rate; one on a GPU costs a synchronisation.
+
+        A tensor stays one: what torch computes from it is rounded to its dtype.
+        """
+        lr = self.group["lr"]
+        return lr.cpu() if isinstance(lr, Tensor) else lr
 
 
 class SparseOptimizer(Optimizer):
@@ -81,6 +90,10 @@ class SparseOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 _backend.choose(self._operation, parameter.device, backend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy with the backend, which torch's own list of attributes leaves out."""
+        return {**super().__getstate__(), "_backend": self._backend}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of compact or plain fp32 parameters.
@@ -170,8 +183,11 @@ class SparseOptimizer(Optimizer):
         saved = super().state_dict()
         for index, parameter in enumerate(self._parameters_in_order()):
             target = getattr(parameter, "target", None)
-            if target is not None and target.weight().dtype != torch.float32:
-                entry = saved["state"].get(index, {})
+            if target is None or target.weight().dtype == torch.float32:
+                continue
+            # A master alone would be half a state to torch, so an untrained one is left out.
+            entry = saved["state"].get(index, {})
+            if entry or not torch.equal(parameter.detach(), target.gather().float()):
                 saved["state"][index] = {**entry, "master": parameter.detach()}
         return saved
 
@@ -182,7 +198,11 @@ class SparseOptimizer(Optimizer):
 
         Args:
             state_dict: from ``state_dict()`` of this optimizer or torch's of the same name.
+
+        Raises:
+            ValueError: the state of another mask. Nothing was changed.
         """
+        self._refuse_other_shapes(state_dict)
         super().load_state_dict(state_dict)
         for parameter in self._parameters_in_order():
             master = self.state[parameter].pop("master", None) if parameter in self.state else None
@@ -190,6 +210,18 @@ class SparseOptimizer(Optimizer):
                 with torch.no_grad():
                     parameter.copy_(master)
                 parameter.refresh_()
+
+    def _refuse_other_shapes(self, state_dict: dict[str, Any]) -> None:
+        """The compiled step trusts that state is as long as its parameter."""
+        saved = (index for group in state_dict["param_groups"] for index in group["params"])
+        for index, parameter in zip(saved, self._parameters_in_order(), strict=False):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"state_dict must fit the parameters; got {name!r} of shape "
+                        f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}; "
+                        "was it saved with another mask?"
+                    )
 
     def _parameters_in_order(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -79,7 +79,7 @@ class SGD(SparseOptimizer):
         backend: str = "auto",
     ) -> None:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if float(value) < 0:
+            if not float(value) >= 0:
                 raise ValueError(f"{name} must be at least 0; got {value}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError(
@@ -108,7 +108,7 @@ class SGD(SparseOptimizer):
             else:
                 buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
             grad = grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-        values.add_(grad, alpha=-update.lr())
+        values.add_(grad, alpha=-float(update.lr()))
 
     def _update_compiled(
         self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
@@ -125,7 +125,7 @@ class SGD(SparseOptimizer):
                     )
                 row["momentum_buffer"] = state["momentum_buffer"].data_ptr()
             row["scalars"] = (
-                -update.lr(), group["momentum"], 1 - group["dampening"], group["weight_decay"],
+                -float(update.lr()), group["momentum"], 1 - group["dampening"], group["weight_decay"],
                 grad_scale, -1.0 if group["maximize"] else 1.0, group["nesterov"], first_step,
             )  # fmt: skip
         extension = _backend.compiled()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ __all__ = ["budget", "everything_of", "top_k_mask"]
 
 # Codes of csrc/storage.h.
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Scores counted in one histogram of the torch path: thousands of small tensors share one.
+_JOINED_ELEMENTS = 2**22
 
 
 def top_k_mask(
@@ -54,9 +57,11 @@ def top_k_mask(
         and ``num_zero_score`` counts them.
 
     Raises:
-        TypeError: scores that are not floating tensors of a dtype above.
-        ValueError: NaN or negative scores, scores on several devices, ``density`` or ``k`` out of
-            range, both or neither, k smaller than the kept part, an entry that matches nothing.
+        TypeError: scores that are not dense tensors of a dtype above, ``density`` or ``k`` that is
+            not a number.
+        ValueError: NaN or negative scores (in kept and excluded parameters too), scores on several
+            devices, ``density`` or ``k`` out of range, both or neither, k smaller than the kept
+            part, an entry that matches nothing.
 
     Example:
         >>> import torch, fishfast as ff
@@ -79,11 +84,15 @@ def top_k_mask(
     if scope == "layer":
         groups = {(name,): share for name, share in _shares(sizes, eligible, left).items()}
 
+    groups = {names: count for names, count in groups.items() if count}
+    compared = {name for names in groups for name in names}
+    for name, score in scores.items():
+        if name not in compared:
+            _refuse_bad(name, score.detach())
+
     indices = everything_of(kept, sizes, device)
     num_zero_score = sum(int((scores[name] == 0).sum()) for name in kept)
     for names, count in groups.items():
-        if count == 0:
-            continue
         found, zeros = select(names, [scores[name].detach() for name in names], count)
         indices.update(zip(names, found, strict=True))
         num_zero_score += zeros
@@ -111,7 +120,7 @@ def budget(
         k minus the weights of the kept parameters.
 
     Raises:
-        TypeError: ``k`` is not a whole number.
+        TypeError: ``density`` is not a number, or ``k`` not a whole one.
         ValueError: both or neither given, out of range, or too small for the kept part.
     """
     num_params = sum(sizes.values())
@@ -120,14 +129,15 @@ def budget(
     if (density is None) == (k is None):
         raise ValueError(f"give density or k, one of them; got density={density}, k={k}")
     if density is not None:
+        if not isinstance(density, Real) or isinstance(density, bool):
+            raise TypeError(f"density must be a number; got {density!r}")
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1]; got {density}")
         # The decimal that was written, not its binary neighbour: 0.29 of 100 is 29, not 28.
-        k = max(1, int(Fraction(repr(float(density))) * num_params))
-    try:
-        k = operator.index(k)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"k must be an integer; got {k!r}") from None
+        k = max(1, int(Fraction(str(density)) * num_params))
+    if isinstance(k, bool) or not hasattr(k, "__index__"):
+        raise TypeError(f"k must be an integer; got {k!r}")
+    k = operator.index(k)
     if not 1 <= k <= num_params:
         raise ValueError(f"k must be from 1 to the number of weights, {num_params}; got {k}")
     num_kept = sum(sizes[name] for name in kept)
@@ -158,16 +168,28 @@ def _check_scores(scores: Mapping[str, Tensor]) -> torch.device:
     if not scores:
         raise ValueError("scores must cover at least one weight; got an empty mapping")
     for name, score in scores.items():
-        if not isinstance(score, Tensor) or score.dtype not in _STORAGE:
-            got = score.dtype if isinstance(score, Tensor) else type(score).__name__
+        got: object = None
+        if not isinstance(score, Tensor):
+            got = type(score).__name__
+        elif score.dtype not in _STORAGE:
+            got = score.dtype
+        elif score.layout != torch.strided:
+            got = score.layout
+        if got is not None:
             raise TypeError(
-                f"scores must be float32, bfloat16 or float16 tensors; got {got} for {name!r}"
+                f"scores must be dense float32, bfloat16 or float16 tensors; got {got} for {name!r}"
             )
     devices = {score.device: name for name, score in scores.items()}
     if len(devices) > 1:
         listed = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"scores must be on one device; got {listed}; move them with .to()")
     return next(iter(devices))
+
+
+def _refuse_bad(name: str, score: Tensor) -> None:
+    # min() hands NaN on, and needs no mask of n elements unless there is something to report.
+    if score.numel() and not score.min() >= 0:
+        _refuse(name, score, int((~(score >= 0)).flatten().nonzero()[0]))
 
 
 def _refuse(name: str, score: Tensor, index: int) -> None:
@@ -227,14 +249,11 @@ def _select_torch(
 ) -> tuple[list[Tensor], int]:
     """The same selection in torch operations, on any device: two digits of the bit pattern."""
     for name, score in zip(names, scores, strict=True):
-        bad = ~(score >= 0)
-        if bad.any():
-            _refuse(name, score, int(bad.flatten().nonzero()[0]))
+        _refuse_bad(name, score)
     rank, prefix = k, 0
     for low_digit in (False, True):
         histogram = torch.zeros(2**16, dtype=torch.int64, device=scores[0].device)
-        for score in scores:
-            bits = _bits(score)
+        for bits in _joined_bits(scores):
             digit = bits[(bits >> 16) == prefix] & 0xFFFF if low_digit else bits >> 16
             histogram += torch.bincount(digit, minlength=2**16)
         from_top = histogram.flip(0).cumsum(0)
@@ -251,6 +270,18 @@ def _select_torch(
         found = torch.cat([(bits > threshold).nonzero().squeeze(1), tied]).sort().values
         indices.append(found.to(index_dtype(score.numel())))
     return indices, rank if threshold == 0 else 0
+
+
+def _joined_bits(scores: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the bit patterns of neighbouring tensors together, up to a size."""
+    held: list[Tensor] = []
+    for score in scores:
+        held.append(_bits(score))
+        if sum(map(len, held)) >= _JOINED_ELEMENTS:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
 
 
 def _bits(score: Tensor) -> Tensor:

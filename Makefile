@@ -1,0 +1,42 @@
+# One command each: makes .venv, installs torch and fishfast with its extension, and runs.
+#   make demo                            the demo on real data
+#   make test                            all tests
+#   make test TORCH=torch==2.13.0        with another torch (a CPU build, where your index has one)
+TORCH ?= torch
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test doctest lint bench clean
+
+demo: $(VENV)/installed
+	$(RUN) -m fishfast demo
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+doctest: $(VENV)/installed
+	$(RUN) -m pytest --doctest-modules fishfast
+
+bench: $(VENV)/installed
+	$(RUN) -m pytest bench --benchmark-enable --benchmark-json=bench/out/cpu.json
+
+lint: $(VENV)/lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(RUN) -m mypy
+
+# torch comes first, by itself: any other package would choose its build.
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install "$(TORCH)"
+	$(RUN) -m pip install -e ".[test]"
+	touch $@
+
+$(VENV)/lint: $(VENV)/installed
+	$(RUN) -m pip install -e ".[lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info fishfast/*.so bench/out .pytest_cache .mypy_cache .ruff_cache

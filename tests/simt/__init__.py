@@ -1,0 +1,1 @@
+"""Execute the project's CUDA kernels on a CPU; see README.md."""
