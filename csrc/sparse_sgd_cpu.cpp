@@ -1,7 +1,8 @@
 // SGD on the masked entries, on CPU threads:
 //
-//   g <- g + wd x        b <- momentum b + (1 - dampening) g      g <- g + momentum b (nesterov) or
-//   b x <- x - lr g
+//   g <- g + wd x
+//   b <- momentum b + (1 - dampening) g
+//   x <- x - lr (g + momentum b with nesterov, else b)
 //
 // Sutskever et al., "On the importance of initialization and momentum in deep learning" (ICML
 // 2013), in the form and with the rounding of torch.optim.SGD(foreach=False): every add with a

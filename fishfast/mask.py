@@ -45,7 +45,7 @@ class SparseMask(Mapping[str, Tensor]):
         >>> mask["w"]
         tensor([0, 2], dtype=torch.int32)
         >>> mask
-        SparseMask(2 of 4 weights in 1 of 1 tensors, density 50%, fingerprint 5b0e4e9c)
+        SparseMask(2 of 4 weights in 1 of 1 tensors, density 50%, fingerprint 7cb772f5)
     """
 
     def __init__(

@@ -1,0 +1,43 @@
+"""The README's example runs as it is written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import fishfast as ff
+
+_README = Path(__file__).parents[1] / "README.md"
+
+
+def _model() -> torch.nn.Module:
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        vocab_size=100, num_labels=2,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def test_the_example_trains_and_its_delta_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", _README.read_text(), re.DOTALL)
+    # Four batches of four: num_samples=256 is cut to what this loader has, with a warning.
+    loader = [
+        {"input_ids": torch.randint(3, 100, (4, 12)), "labels": torch.tensor([0, 1, 0, 1])}
+        for _ in range(4)
+    ]
+    model = _model()
+    base = _model()
+    base.load_state_dict(model.state_dict())
+    # The two labels' head is 66 weights; 0.5 % of this small model is 106.
+    with pytest.warns(UserWarning, match="gave only 16 samples"):
+        exec(code, {"model": model, "loader": loader})
+    ff.load_delta(tmp_path / "task.safetensors").apply_(base)
+    trained = model.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in base.state_dict().items())
