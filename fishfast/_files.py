@@ -19,7 +19,9 @@ __all__ = ["PathLike", "check_indices", "read_checked", "write_atomically"]
 PathLike = str | os.PathLike[str]
 
 
-def write_atomically(path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write_atomically(
+    path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
     """Write a safetensors file so that a kill at any moment leaves the old file or the new one.
 
     Temporary file in the same folder, fsync, rename over the target, fsync of the folder.
@@ -31,7 +33,9 @@ def write_atomically(path: PathLike, tensors: Mapping[str, Tensor], metadata: di
     """
     target = Path(path)
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
+    )
     try:
         os.close(handle)
         save_file(ready, temporary, metadata)
@@ -59,7 +63,9 @@ def _fsync(path: PathLike, flags: int) -> None:
         os.close(descriptor)
 
 
-def read_checked(path: PathLike, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_checked(
+    path: PathLike, kind: str, version: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file that `write_atomically` wrote, or refuse it.
 
     Args:
@@ -111,7 +117,7 @@ def _refuse_duplicate_names(path: Path) -> None:
             return  # not a safetensors file; safe_open says so
         try:
             json.loads(file.read(length), object_pairs_hook=unique)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             return  # likewise
 
 
@@ -129,7 +135,9 @@ def check_indices(name: str, indices: Tensor, numel: int, source: str) -> None:
     """
     problem = ""
     if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
-        problem = f"are {indices.dtype} of shape {tuple(indices.shape)}, not a vector of int32 or int64"
+        problem = (
+            f"are {indices.dtype} of shape {tuple(indices.shape)}, not a vector of int32 or int64"
+        )
     elif len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= numel):
         problem = f"reach from {int(indices.min())} to {int(indices.max())} in a tensor of {numel}"
     elif len(indices) > 1 and not bool((indices[1:] > indices[:-1]).all()):

@@ -20,7 +20,7 @@ class BaseIdentity:
     """What a delta remembers of the model that it was trained from.
 
     Attributes:
-        structure: SHA-256 of the names, shapes and dtypes of the state dict.
+        structure: SHA-256 of the names, shapes, dtypes and ties of the state dict.
         content: SHA-256 of its values, without parameters that the mask covers whole: a fresh head
             is random in every process, and the delta replaces it anyway.
         buffers: digest of each persistent buffer, by which changed ones are found.
@@ -32,7 +32,18 @@ class BaseIdentity:
 
     @classmethod
     def of(cls, model: nn.Module, mask: SparseMask) -> BaseIdentity:
-        """Hash a model (about 1 GB/s a core; on a GPU, tensors are copied to the CPU one by one)."""
+        """Hash a model (about 1 GB/s a core; on a GPU, tensors are copied to the CPU one by one).
+
+        Args:
+            model: the model.
+            mask: what is trained.
+
+        Returns:
+            Its hashes.
+
+        Raises:
+            ValueError: a weight or buffer on the meta device.
+        """
         parameters = dict(model.named_parameters())
         whole = {
             id(parameters[name])
@@ -40,6 +51,8 @@ class BaseIdentity:
             if name in parameters and len(found) == parameters[name].numel() > 0
         }
         hashed = {name: v for name, v in _entries(model).items() if id(v) not in whole}
+        if without := [name for name, value in hashed.items() if value.is_meta]:
+            raise ValueError(f"model must have memory; {without[0]!r} is on the meta device")
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             digests = dict(zip(hashed, pool.map(_digest, hashed.values()), strict=True))
         buffers = {name for name, _ in model.named_buffers()}
@@ -60,8 +73,12 @@ class BaseIdentity:
 
 
 def structure_hash(model: nn.Module) -> str:
-    """Return the SHA-256 of names, shapes and dtypes of a model's state dict."""
-    layout = [(name, tuple(v.shape), str(v.dtype)) for name, v in _entries(model).items()]
+    """Return the SHA-256 of names, shapes, dtypes and ties of a model's state dict."""
+    first: dict[int, str] = {}  # a tied tensor is known by its first name
+    layout = [
+        (name, tuple(v.shape), str(v.dtype), first.setdefault(id(v), name))
+        for name, v in _entries(model).items()
+    ]
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
 

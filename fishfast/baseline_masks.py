@@ -106,7 +106,7 @@ def bias_mask(
     sizes, shapes = _sizes(model)
     kept, eligible = split_by_rule(list(sizes), keep, exclude)
     biases = [name for name in eligible if _is_bias(name)]
-    if not biases:
+    if not any(map(_is_bias, [*kept, *biases])):
         raise ValueError("model must have a bias that is not excluded; got none")
     return SparseMask(everything_of([*kept, *biases], sizes, torch.device("cpu")), shapes)
 
@@ -120,7 +120,8 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
-            f"model must have parameters with requires_grad=True; got {type(model).__name__} with none"
+            "model must have parameters with requires_grad=True; got "
+            f"{type(model).__name__} with none"
         )
     return parameters
 

@@ -35,7 +35,8 @@ class Target:
 
     def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor) -> None:
         self.owners = owners
-        self.indices = indices
+        self.indices = indices.contiguous()  # the compiled step reads them by address
+        self.followed: Tensor | None = None  # the weight that the masters were taken from
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
 
     def weight(self) -> Tensor:
@@ -51,7 +52,7 @@ class Target:
         if not self.is_whole():
             raise RuntimeError(
                 f"the tied weight {name!r} was untied after train_only (load_state_dict with "
-                "assign=True?); tie it again, for instance with model.tie_weights()"
+                "assign=True?); tie it again, for instance with model.tie_weights() in no_grad mode"
             )
         return weight
 
@@ -66,7 +67,9 @@ class Target:
             return self.indices
         if self._offsets is None or self._offsets[0] != weight.stride():
             coordinates = torch.unravel_index(self.indices.long(), weight.shape)
-            offsets = sum(c * stride for c, stride in zip(coordinates, weight.stride(), strict=True))
+            offsets = sum(
+                c * stride for c, stride in zip(coordinates, weight.stride(), strict=True)
+            )
             self._offsets = (weight.stride(), torch.as_tensor(offsets))
         return self._offsets[1].to(weight.device)
 
@@ -82,7 +85,9 @@ class Target:
 
 
 def _extent(tensor: Tensor) -> int:
-    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 1 + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 class CompactParameter(nn.Parameter):
@@ -106,6 +111,12 @@ class CompactParameter(nn.Parameter):
             weights = self.target.gather()
             agree = self.detach().to(weights.dtype) == weights
             self.copy_(torch.where(agree, self, weights.float()))
+        self.target.followed = self.target.weight()
+
+    def follow_(self) -> None:
+        """Take over a weight that was replaced by another tensor, such as by tying it again."""
+        if self.target.followed is not self.target.weight():
+            self.refresh_()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactParameter:
         """Copy values and target; the module in the target is the one that is being copied."""
@@ -119,28 +130,33 @@ class CompactParameter(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the values, then the target, which refers back to this parameter's module."""
         # The target travels as state: as an argument it would need this object before it exists.
-        args = (self.detach(), self.requires_grad)
-        return _rebuild_compact, args, self.target, None, None, _set_target
+        return _rebuild_compact, (self.detach(), self.requires_grad), self.target
+
+    def __setstate__(self, target: Target) -> None:
+        self.target = target
 
 
 def _rebuild_compact(values: Tensor, requires_grad: bool) -> CompactParameter:
     return CompactParameter(values, None, requires_grad)
 
 
-def _set_target(parameter: CompactParameter, target: Target) -> None:
-    parameter.target = target
-
-
 class _GradientTap(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func: per-sample gradients of the compact parameters
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-        ctx.save_for_backward(indices)
-        return weight.view_as(weight)
+    def forward(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        return weight.detach()  # shares memory and version counter, and is no view to autograd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (indices,) = ctx.saved_tensors
+        if grad.is_sparse:  # nn.Embedding(sparse=True)
+            grad = grad.to_dense()
         return None, grad.flatten().index_select(0, indices).float(), None
 
 
@@ -184,14 +200,15 @@ class _TappedModule(nn.Module):
         self._without_compact(lambda: base_load(state_dict, prefix, *args))
         for name, target in self._masked.items():
             values = self._parameters[name + VALUES_SUFFIX]
-            if prefix + name in state_dict and isinstance(values, CompactParameter):
-                # With assign=True a tied weight is in pieces here; the next step names that.
-                if target.is_whole():
-                    values.refresh_()
+            loaded = prefix + name in state_dict
+            # With assign=True a tied weight is in pieces here; the next step names that.
+            if loaded and target.is_whole() and isinstance(values, CompactParameter):
+                values.refresh_()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy through the base class: the tapped class is made again."""
-        function, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(max(2, protocol))  # 0 and 1 would name the class
+        function, args, *rest = reduced
         if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
             return _rebuild_module, (_base_class(self), tuple(self._masked)), *rest
         return function, args, *rest
@@ -221,20 +238,22 @@ def _flat_weights(module: Any) -> list[Any]:
 
 
 @functools.cache
-def _tapped_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _tapped_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {name: _tapped_property(name) for name in names}
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
     # repr, error messages and torch.compile show the module's own class name.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return types.new_class(base.__name__, (_TappedModule, base), {}, lambda ns: ns.update(namespace))
+    return types.new_class(
+        base.__name__, (_TappedModule, base), {}, lambda ns: ns.update(namespace)
+    )
 
 
 def _base_class(module: nn.Module) -> type[nn.Module]:
     return type(module).__mro__[2]  # tapped class, _TappedModule, the module's own class
 
 
-def _rebuild_module(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _rebuild_module(base: Any, names: tuple[str, ...]) -> nn.Module:
     cls = _tapped_class(base, names)
     return cls.__new__(cls)
 
@@ -249,11 +268,11 @@ def tap(target: Target) -> CompactParameter:
         The compact parameter, on every owner under the weight's name + ``_values``.
     """
     values = CompactParameter(target.gather().float(), target)
+    target.followed = target.weight()
     for module, name in target.owners:
-        if not isinstance(module, _TappedModule):
-            base, masked = type(module), {}
-        else:
-            base, masked = _base_class(module), module._masked
+        tapped = isinstance(module, _TappedModule)
+        base: Any = _base_class(module) if tapped else type(module)
+        masked: dict[str, Target] = module._masked if tapped else {}  # type: ignore[assignment]
         masked[name] = target
         module.__class__ = _tapped_class(base, tuple(masked))
         module._masked = masked  # type: ignore[assignment]
@@ -267,7 +286,7 @@ def untap(model: nn.Module) -> None:
         if isinstance(module, _TappedModule):
             for name in module._masked:
                 module._parameters.pop(name + VALUES_SUFFIX, None)
-            module.__class__ = _base_class(module)
+            module.__class__ = _base_class(module)  # type: ignore[assignment]
             del module._masked
 
 

@@ -35,8 +35,8 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> None:
     Raises:
         TypeError: ``tuned`` is not such a handle.
         ValueError: a value that is not finite.
-        RuntimeError: the model's dtypes changed since `train_only`, or trained values were not
-            written into the weights.
+        RuntimeError: the model's names, shapes, dtypes or ties changed since `train_only`, or
+            trained values were not written into the weights.
 
     Example:
         >>> import os, tempfile, torch, fishfast as ff
@@ -52,11 +52,12 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> None:
     model, mask = tuned.model, tuned.mask
     if structure_hash(model) != tuned.base.structure:
         raise RuntimeError(
-            "the model's dtypes or shapes changed since train_only, so the delta would fit no base; "
-            "convert the model before train_only"
+            "the model's names, shapes, dtypes or ties changed since train_only, so the delta "
+            "would fit no base; change the model before train_only"
         )
     for name, parameter in compact_parameters(model):
         weights = parameter.target.gather()
+        _refuse_non_finite(name, parameter, "the trained model")  # NaN would not equal itself
         if not torch.equal(parameter.detach().to(weights.dtype), weights):
             raise RuntimeError(
                 f"the values of {name!r} were not written into the weights; call "
@@ -70,7 +71,7 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> None:
         tensors[_VALUES + name] = values
     for name, buffer in tuned.base.changed_buffers(model).items():
         _refuse_non_finite(name, buffer, "the trained model")
-        tensors[_BUFFER + name] = buffer
+        tensors[_BUFFER + name] = buffer.clone()  # safetensors refuses tensors that share memory
     metadata = {
         "format": _FORMAT,
         "format_version": str(_VERSION),
@@ -109,15 +110,20 @@ def load_delta(path: PathLike) -> Delta:
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
         fingerprint = metadata["mask_fingerprint"]
         structure, content = metadata["base_structure"], metadata["base_content"]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} has a broken header: {error!r}") from error
     if unmatched := set(indices) ^ set(values):
         raise ValueError(f"{source} must hold indices and values of the same parameters; got only "
                          f"one of them for {sorted(unmatched)[0]!r}")  # fmt: skip
     for name, found in indices.items():
+        if not values[name].is_floating_point():
+            raise ValueError(
+                f"{source}: values must be floating; {name!r} has {values[name].dtype}"
+            )
         if values[name].dim() != 1 or len(values[name]) != found.numel():
             raise ValueError(
-                f"{source} holds {found.numel()} indices and {values[name].numel()} values of {name!r}"
+                f"{source} holds {found.numel()} indices and {values[name].numel()} values of "
+                f"{name!r}"
             )
     for name, tensor in {**values, **parts[_BUFFER]}.items():
         _refuse_non_finite(name, tensor, source)
@@ -173,7 +179,7 @@ class Delta:
         Args:
             model: the base model, changed in place, bit-exactly.
             check_base: hash the model and refuse any but the base (about 1 GB/s a core). Without
-                it only names, shapes and dtypes are checked.
+                it, only that the delta's own names, shapes and dtypes are there.
 
         Returns:
             The model.
@@ -243,7 +249,7 @@ class Delta:
     def _check_base(self, model: nn.Module) -> None:
         found = BaseIdentity.of(model, self.mask)
         for what, expected, got in (
-            ("names, shapes or dtypes", self.base_structure, found.structure),
+            ("names, shapes, dtypes or ties", self.base_structure, found.structure),
             ("weights or buffers", self.base_content, found.content),
         ):
             if expected != got:

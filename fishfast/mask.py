@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import operator
+import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
@@ -37,7 +39,7 @@ class SparseMask(Mapping[str, Tensor]):
         num_zero_score: as given.
 
     Raises:
-        ValueError: indices that do not fit their shape.
+        ValueError: indices that do not fit their shape, or a shape that is none.
 
     Example:
         >>> import torch, fishfast as ff
@@ -55,8 +57,10 @@ class SparseMask(Mapping[str, Tensor]):
         num_zero_score: int | None = None,
     ) -> None:
         if unknown := set(indices) - set(shapes):
-            raise ValueError(f"shapes must name every parameter of indices; missing {sorted(unknown)}")
-        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+            raise ValueError(
+                f"shapes must name every parameter of indices; missing {sorted(unknown)}"
+            )
+        self.shapes = {name: _checked_shape(name, shape) for name, shape in shapes.items()}
         self._indices: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             found = indices.get(name, torch.empty(0, dtype=torch.int32))
@@ -83,7 +87,8 @@ class SparseMask(Mapping[str, Tensor]):
         touched = sum(len(found) > 0 for found in self.values())
         return (
             f"SparseMask({self.num_selected:,} of {self.num_params:,} weights in {touched} of "
-            f"{len(self)} tensors, density {100 * self.density:.3g}%, fingerprint {self.fingerprint[:8]})"
+            f"{len(self)} tensors, density {100 * self.density:.3g}%, "
+            f"fingerprint {self.fingerprint[:8]})"
         )
 
     @property
@@ -98,14 +103,17 @@ class SparseMask(Mapping[str, Tensor]):
 
     @property
     def density(self) -> float:
-        """k / n."""
+        """Share of selected weights, k / n."""
         return self.num_selected / self.num_params if self.num_params else 0.0
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names, shapes and indices: the same on every device and in every process."""
+        """SHA-256 of names, shapes and indices: the same on every device and in every process.
+
+        The order of the parameters does not enter.
+        """
         digest = hashlib.sha256()
-        for name, found in self.items():
+        for name, found in sorted(self.items()):
             digest.update(json.dumps([name, self.shapes[name], len(found)]).encode())
             digest.update(found.detach().cpu().to(torch.int64).numpy().astype("<i8").tobytes())
         return digest.hexdigest()
@@ -154,13 +162,18 @@ class SparseMask(Mapping[str, Tensor]):
         """
         tensors, metadata = read_checked(path, _FORMAT, _VERSION)
         try:
-            shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            shapes = json.loads(metadata["shapes"], object_pairs_hook=_unique).items()
+            shapes = {name: _checked_shape(name, shape) for name, shape in shapes}
             num_zero_score = json.loads(metadata["num_zero_score"])
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path!r} has a broken header: {error!r}") from error
+            if num_zero_score is not None and operator.index(num_zero_score) < 0:
+                raise ValueError(f"num_zero_score is {num_zero_score}")
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)!r} has a broken header: {error!r}") from error
         mask = cls(tensors, shapes, num_zero_score)
         if mask.fingerprint != metadata.get("fingerprint"):
-            raise ValueError(f"{path!r} does not match its fingerprint: the file is damaged")
+            raise ValueError(
+                f"{os.fspath(path)!r} does not match its fingerprint: the file is damaged"
+            )
         return mask
 
     def check_fits(self, model: nn.Module) -> None:
@@ -183,6 +196,24 @@ class SparseMask(Mapping[str, Tensor]):
                     f"mask must fit the model; {name!r} has shape {shape} in the mask and "
                     f"{tuple(parameters[name].shape)} in the model"
                 )
+
+
+def _checked_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """Return a shape as a tuple; what comes from a file may be anything."""
+    whole = isinstance(shape, (tuple, list)) and all(
+        hasattr(size, "__index__") and not isinstance(size, bool) and size >= 0 for size in shape
+    )
+    if not whole:
+        raise ValueError(f"the shape of {name!r} must be whole numbers >= 0; got {shape!r}")
+    return tuple(operator.index(size) for size in shape)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a JSON object that names an entry twice; json keeps the last one."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("an entry occurs twice")
+    return entries
 
 
 def index_dtype(numel: int) -> torch.dtype:

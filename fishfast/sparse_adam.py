@@ -108,7 +108,9 @@ class AdamW(SparseOptimizer):
             ValueError: a state that was saved with ``amsgrad=True``.
         """
         if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise ValueError("amsgrad is not supported; got a state that was saved with amsgrad=True")
+            raise ValueError(
+                "amsgrad is not supported; got a state that was saved with amsgrad=True"
+            )
         super().load_state_dict(state_dict)
 
     def _advance(self, updates: list[Update]) -> None:
@@ -144,7 +146,7 @@ class AdamW(SparseOptimizer):
             row["scalars"] = tuple(_scalars(update, grad_scale).values())
 
         extension = _backend.compiled()
-        assert extension.SPARSE_ADAM_ROW_BYTES == _ROW_DTYPE.itemsize
+        assert _ROW_DTYPE.itemsize == extension.SPARSE_ADAM_ROW_BYTES
         if backend == "cpu":
             extension.sparse_adam_cpu(rows.ctypes.data, len(rows), _backend.num_threads())
             return
@@ -181,7 +183,5 @@ def _scalars(update: Update, grad_scale: float) -> dict[str, float]:
 @functools.lru_cache(maxsize=8)
 def _chunk_table(counts: tuple[int, ...], entries: int, device: torch.device) -> Tensor:
     """Which row and entry each block of the CUDA kernel starts at; on the device, made once."""
-    table = [
-        (start, row) for row, count in enumerate(counts) for start in range(0, count, entries)
-    ]
+    table = [(start, row) for row, count in enumerate(counts) for start in range(0, count, entries)]
     return torch.from_numpy(np.array(table, _CHUNK_DTYPE).view(np.uint8)).to(device)

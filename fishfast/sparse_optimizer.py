@@ -49,6 +49,8 @@ class Update:
         self.grad = values.grad.contiguous()
         self.target: Target | None = getattr(values, "target", None)
         self.weight = None if self.target is None else self.target.weight()
+        if isinstance(values, CompactParameter):
+            values.follow_()
         if self.weight is not None and self.weight.dtype not in _STORAGE:
             raise RuntimeError(
                 "masked weights must be float32, bfloat16 or float16; the model was moved to "
@@ -59,6 +61,13 @@ class Update:
                 f"a masked weight is on {self.weight.device} and its compact parameter on "
                 f"{values.device}; move the whole model with model.to()"
             )
+
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and value.device != values.device:
+                raise RuntimeError(
+                    f"state must be where its parameter is; got {name!r} on {value.device} and a "
+                    f"parameter on {values.device}; make the optimizer after model.to()"
+                )
 
     def lr(self) -> Any:
         """Return the learning rate; one on a GPU costs a synchronisation.
@@ -205,7 +214,11 @@ class SparseOptimizer(Optimizer):
         self._refuse_other_shapes(state_dict)
         super().load_state_dict(state_dict)
         for parameter in self._parameters_in_order():
-            master = self.state[parameter].pop("master", None) if parameter in self.state else None
+            state = self.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor):  # torch's state has its parameter's strides
+                    state[name] = value.contiguous()
+            master = state.pop("master", None)
             if master is not None and isinstance(parameter, CompactParameter):
                 with torch.no_grad():
                     parameter.copy_(master)

@@ -125,10 +125,11 @@ class SGD(SparseOptimizer):
                     )
                 row["momentum_buffer"] = state["momentum_buffer"].data_ptr()
             row["scalars"] = (
-                -float(update.lr()), group["momentum"], 1 - group["dampening"], group["weight_decay"],
-                grad_scale, -1.0 if group["maximize"] else 1.0, group["nesterov"], first_step,
+                -float(update.lr()), group["momentum"], 1 - group["dampening"],
+                group["weight_decay"], grad_scale, -1.0 if group["maximize"] else 1.0,
+                group["nesterov"], first_step,
             )  # fmt: skip
         extension = _backend.compiled()
-        assert extension.SPARSE_SGD_ROW_BYTES == _ROW_DTYPE.itemsize
+        assert _ROW_DTYPE.itemsize == extension.SPARSE_SGD_ROW_BYTES
         extension.sparse_sgd_cpu(rows.ctypes.data, len(rows), _backend.num_threads())
         del held

@@ -137,7 +137,7 @@ def budget(
         k = max(1, int(Fraction(str(density)) * num_params))
     if isinstance(k, bool) or not hasattr(k, "__index__"):
         raise TypeError(f"k must be an integer; got {k!r}")
-    k = operator.index(k)
+    k = operator.index(k)  # type: ignore[arg-type]
     if not 1 <= k <= num_params:
         raise ValueError(f"k must be from 1 to the number of weights, {num_params}; got {k}")
     num_kept = sum(sizes[name] for name in kept)
@@ -149,7 +149,8 @@ def budget(
     num_eligible = sum(sizes[name] for name in eligible)
     if k - num_kept > num_eligible:
         raise ValueError(
-            f"k must not exceed the weights that are not excluded, {num_kept + num_eligible}; got {k}"
+            "k must not exceed the weights that are not excluded, "
+            f"{num_kept + num_eligible}; got {k}"
         )
     return k - num_kept
 
@@ -275,11 +276,13 @@ def _select_torch(
 def _joined_bits(scores: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield the bit patterns of neighbouring tensors together, up to a size."""
     held: list[Tensor] = []
+    room = _JOINED_ELEMENTS
     for score in scores:
         held.append(_bits(score))
-        if sum(map(len, held)) >= _JOINED_ELEMENTS:
+        room -= score.numel()
+        if room <= 0:
             yield torch.cat(held)
-            held = []
+            held, room = [], _JOINED_ELEMENTS
     if held:
         yield torch.cat(held)
 

@@ -118,7 +118,7 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
         The handle: ``tuned.parameters()`` for the optimizer, ``attach``, ``release``.
 
     Raises:
-        TypeError: ``mask`` is not a `SparseMask`.
+        TypeError: ``mask`` is not a `SparseMask`, or ``model`` no module, or a scripted one.
         ValueError: a mask that selects nothing or does not fit the model, a weight whose dtype or
             memory cannot be trained so. The model is left as it was.
         RuntimeError: the model has a mask already.
@@ -131,6 +131,10 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
         >>> model(torch.randn(3, 8)).square().sum().backward()
         >>> optimizer.step()
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("model must not hold torch.jit modules; train before scripting it")
     if not isinstance(mask, SparseMask):
         raise TypeError(f"mask must be a SparseMask; got {type(mask).__name__}; see top_k_mask")
     if next(compact_parameters(model), None) is not None:
@@ -142,11 +146,16 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
     base = BaseIdentity.of(model, mask)
 
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    for parameter in model.parameters():
+    frozen = list(model.parameters())
+    try:
+        for target in targets:
+            tap(target)
+    except BaseException:  # such as from a class that cannot be derived from
+        untap(model)
+        raise
+    for parameter in frozen:
         parameter.requires_grad_(False)
         parameter.grad = None  # a frozen weight's gradient would only hold memory
-    for target in targets:
-        tap(target)
     return SparseTuning(model, mask, base, trainable)
 
 
@@ -176,8 +185,8 @@ def _targets(model: nn.Module, mask: SparseMask) -> list[Target]:
 def _check_weight(name: str, weight: Tensor) -> None:
     if weight.dtype not in _DTYPES:
         raise ValueError(
-            f"masked weights must be float32, bfloat16 or float16; got {weight.dtype} for {name!r}; "
-            "masters are fp32 and could not hold it"
+            f"masked weights must be float32, bfloat16 or float16; got {weight.dtype} for "
+            f"{name!r}; masters are fp32 and could not hold it"
         )
     if weight.device.type == "meta":
         raise ValueError(f"masked weights must have memory; {name!r} is on the meta device")

@@ -10,6 +10,7 @@ import torch
 import fishfast as ff
 
 GPU_REASON = "no CUDA device on this machine"
+LARGE_REASON = "takes gigabytes of memory; run with -m large"
 
 
 def pytest_report_header() -> list[str]:
@@ -22,7 +23,11 @@ def pytest_report_header() -> list[str]:
     ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "large" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(pytest.mark.skip(reason=LARGE_REASON))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-
 # ---- scores and masks ---------------------------------------------------------------------------
 
 
@@ -48,6 +47,22 @@ def fisher_by_loop(model, batches, loss_fn, take, *, power=2, dtype=torch.float6
     return total
 
 
+def fisher_by_backwards(model, batches, loss_fn):
+    """Per-sample Fisher as plain torch makes it of whole batches: one backward per sample.
+
+    The reference where precision is low: a forward of one sample rounds differently from one of a
+    batch (bf16 products, a ReLU that flips), whoever takes the gradients.
+    """
+    model = copy.deepcopy(model).eval()
+    total = {name: np.zeros(tuple(p.shape)) for name, p in model.named_parameters()}
+    for batch in batches:
+        for loss in loss_fn(model, batch):
+            grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            for name, grad in zip(total, grads, strict=True):
+                total[name] += grad.double().numpy() ** 2
+    return total
+
+
 def in_dtype(batch, dtype):
     """Cast the floating tensors of a batch (a tensor, or nested lists, tuples and dicts)."""
     if isinstance(batch, torch.Tensor):
@@ -69,10 +84,7 @@ def top_k(scores, k):
     Returns:
         Name -> ascending indices, for every name.
     """
-    flat = {
-        name: np.array(score.tolist(), dtype=np.float64).reshape(-1)
-        for name, score in scores.items()
-    }
+    flat = {name: score.double().numpy().reshape(-1) for name, score in scores.items()}
     order = np.argsort(-np.concatenate(list(flat.values())), kind="stable")
     chosen = np.sort(order[:k])
     found, start = {}, 0
@@ -129,10 +141,9 @@ def sgd_trajectory(
         gradient = -gradient if maximize else gradient
         gradient += weight_decay * weight
         buffer = gradient if step == 1 else momentum * buffer + (1 - dampening) * gradient
-        if momentum:
-            direction = gradient + momentum * buffer if nesterov else buffer
-        else:
-            direction = gradient
+        direction = gradient if momentum == 0 else buffer
+        if nesterov:
+            direction = gradient + momentum * buffer
         weight -= lr * direction
         trajectory.append((weight, buffer))
     return trajectory

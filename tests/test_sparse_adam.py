@@ -41,9 +41,7 @@ def float64_history(
     history: list[dict[str, Tensor]] = [{} for _ in series]
     for position, (weight, found) in enumerate(zip(weights, indices, strict=True)):
         start = weight.flatten().double()
-        dense = [
-            (start.clone(), torch.zeros_like(start), torch.zeros_like(start)) for _ in series
-        ]
+        dense = [(start.clone(), torch.zeros_like(start), torch.zeros_like(start)) for _ in series]
         gradients = torch.stack([step[position].flatten().double() for step in series])
         for index in found.tolist():
             path = oracle.adamw_trajectory(
@@ -120,7 +118,9 @@ def test_full_mask_equals_torch_with_weight_decay(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("numel", [1, 2, 31, 32, 33, 97, 1009, CPU_CHUNK, CPU_CHUNK + 1, 5 * CPU_CHUNK])
+@pytest.mark.parametrize(
+    "numel", [1, 2, 31, 32, 33, 97, 1009, CPU_CHUNK, CPU_CHUNK + 1, 5 * CPU_CHUNK]
+)
 def test_sizes(numel: int, backend: str) -> None:
     weights = random_tensors(numel)
     series = gradients_over_time(weights, steps=2)
@@ -254,11 +254,16 @@ def as_ours(tuned: ff.SparseTuning) -> torch.optim.Optimizer:
 
 @pytest.mark.skipif(not TORCH_HAS_FMA, reason="torch has no fused multiply-add here")
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [(as_ours, as_ours), (as_torch, as_ours), (as_ours, as_torch)],
-    ids=["ours to ours", "torch to ours", "ours to torch"],
+    ("first", "second", "dtype"),
+    [
+        (as_ours, as_ours, torch.float32),
+        (as_torch, as_ours, torch.float32),
+        (as_ours, as_torch, torch.float32),
+        (as_ours, as_ours, torch.bfloat16),
+        (as_ours, as_torch, torch.bfloat16),  # not from torch: its state has no masters
+    ],
+    ids=["ours to ours", "torch to ours", "ours to torch", "bf16", "bf16 to torch"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_reloaded_mid_run(
     first: Callable[..., Any], second: Callable[..., Any], dtype: torch.dtype, tmp_path: Any
 ) -> None:
@@ -271,8 +276,6 @@ def test_state_reloaded_mid_run(
         optimizer = first(before)
         steps_of_ours(before, optimizer, series[:3])
         state = {"model": before.model.state_dict(), "optimizer": optimizer.state_dict()}
-        if dtype != torch.float32 and first is as_torch:
-            pytest.skip("torch's state has no masters; they are tested below")
         torch.save(state, tmp_path / "checkpoint.pt")
         state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
         after.model.load_state_dict(state["model"])
@@ -436,7 +439,11 @@ class TestConversions:
             torch.nextafter(middle, torch.tensor(0.0)),
         ])  # fmt: skip
         largest = torch.tensor(torch.finfo(dtype).max)
-        edge = [torch.nextafter(largest, torch.tensor(torch.inf)), largest * 1.0009, largest * 1.001]
+        edge = [
+            torch.nextafter(largest, torch.tensor(torch.inf)),
+            largest * 1.0009,
+            largest * 1.001,
+        ]
         masters = torch.cat([around, -around, torch.stack(edge)])
         assert_casts_agree(scatter(masters, dtype, backend), masters.to(dtype))
 

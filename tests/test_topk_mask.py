@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
 
 import numpy as np
 import oracle
@@ -25,7 +26,7 @@ def assert_is_top_k(mask, scores, k):
     assert list(mask) == list(scores)
     for name, found in mask.items():
         assert found.dtype == torch.int32
-        assert found.tolist() == truth[name].tolist(), name
+        np.testing.assert_array_equal(found.numpy(), truth[name], err_msg=name)
     zeros = sum(
         int((scores[name].reshape(-1)[found.long()] == 0).sum()) for name, found in mask.items()
     )
@@ -33,7 +34,8 @@ def assert_is_top_k(mask, scores, k):
 
 
 def some_k(n):
-    return sorted({1, 2, n // 200, n // 3, n - 1, n} & set(range(1, n + 1)))
+    """Return the smallest, the largest and some between."""
+    return sorted({min(max(1, k), n) for k in (1, 2, n // 200, n // 3, n - 1, n)})
 
 
 @pytest.fixture
@@ -100,7 +102,9 @@ def test_dtypes_are_compared_by_value(backend):
         pytest.param(lambda t: t[:, ::3], id="strided"),
         pytest.param(lambda t: t[7:], id="with-an-offset"),
         pytest.param(lambda t: t[:1].expand(50, -1), id="expanded"),
-        pytest.param(lambda t: t.view(10, 5, 8, 5).to(memory_format=torch.channels_last), id="nhwc"),
+        pytest.param(
+            lambda t: t.view(10, 5, 8, 5).to(memory_format=torch.channels_last), id="nhwc"
+        ),
         pytest.param(lambda t: torch.nn.Parameter(t), id="a-parameter"),
         pytest.param(lambda t: t[3, 4], id="a-scalar"),
     ],
@@ -122,7 +126,7 @@ def test_ten_thousand_tiny_tensors(backend):
     scores = {f"t{i}": score for i, score in enumerate(_few(20_000).split([1, 3, 0, 4] * 2500))}
     started = time.perf_counter()
     mask = ff.top_k_mask(scores, density=0.1, backend=backend)
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < 20  # about 1; was 90 with one histogram per tensor
     assert_is_top_k(mask, scores, 2000)
 
 
@@ -198,6 +202,8 @@ def test_more_than_2_to_the_31_scores_in_one_tensor():
         (100, 1, 100),
         (100, 1.0, 100),
         (7, 0.5, 3),
+        (100, np.float32(0.29), 29),
+        (100, Fraction(1, 3), 33),
     ],
 )
 def test_density_is_rounded_down_from_the_decimal_as_written(n, density, k):
@@ -347,7 +353,7 @@ def test_bad_scores_are_refused_wherever_they_are(rules, backend):
         ({"density": float("nan")}, ValueError, r"density must be in \(0, 1\]; got nan"),
         ({"density": "0.5"}, TypeError, r"density must be a number; got '0.5'"),
         ({"density": True}, TypeError, r"density must be a number; got True"),
-        ({"density": 0.5, "k": 3}, ValueError, r"give density or k, one of them; got density=0.5, k=3"),
+        ({"density": 0.5, "k": 3}, ValueError, r"density or k, one of them; got density=0.5, k=3"),
         ({}, ValueError, r"give density or k, one of them; got density=None, k=None"),
         ({"k": 0}, ValueError, r"k must be from 1 to the number of weights, 24; got 0"),
         ({"k": 25}, ValueError, r"k must be from 1 to the number of weights, 24; got 25"),
@@ -356,10 +362,10 @@ def test_bad_scores_are_refused_wherever_they_are(rules, backend):
         ({"k": "2"}, TypeError, r"k must be an integer; got '2'"),
         ({"k": True}, TypeError, r"k must be an integer; got True"),
         ({"k": 3, "keep": ["fc"]}, ValueError, r"k must cover the kept part; got k=3 for 8 kept"),
-        ({"k": 9, "exclude": ["fc*", "mlp"]}, ValueError, r"must not exceed .* not excluded, 4; got 9"),
+        ({"k": 9, "exclude": ["fc*", "mlp"]}, ValueError, r"not exceed .* not excluded, 4; got 9"),
         ({"k": 1, "scope": "model"}, ValueError, r"scope must be 'global' or 'layer'; got 'model'"),
         ({"k": 1, "backend": "gpu"}, ValueError, r"backend must be 'auto' or one of .*; got 'gpu'"),
-        ({"k": 1, "backend": "cuda"}, ValueError, r"backend must be 'auto' or one of .*; got 'cuda'"),
+        ({"k": 1, "backend": "cuda"}, ValueError, r"must be 'auto' or one of .*; got 'cuda'"),
         ({"k": 9, "keep": ["f"]}, ValueError, r"keep entry 'f' matches no parameter"),
         ({"k": 9, "keep": [""]}, ValueError, r"keep entry '' matches no parameter"),
         ({"k": 9, "keep": ["fc", "*.gamma"]}, ValueError, r"keep entry '\*.gamma' matches no"),
@@ -380,13 +386,15 @@ def test_bad_arguments_are_refused(arguments, error, text):
 @pytest.mark.parametrize(
     ("scores", "error", "text"),
     [
-        pytest.param({}, ValueError, "must cover at least one weight; got an empty mapping", id="none"),
-        pytest.param({"w": torch.rand(0)}, ValueError, "at least one weight; got an empty", id="zero"),
-        pytest.param({"w": torch.rand(3).double()}, TypeError, "got torch.float64 for 'w'", id="fp64"),
+        pytest.param({}, ValueError, "at least one weight; got an empty mapping", id="none"),
+        pytest.param({"w": torch.rand(0)}, ValueError, "one weight; got an empty model", id="zero"),
+        pytest.param({"w": torch.rand(3).double()}, TypeError, "torch.float64 for 'w'", id="fp64"),
         pytest.param({"w": torch.arange(3)}, TypeError, "got torch.int64 for 'w'", id="int64"),
         pytest.param({"w": torch.ones(3) > 0}, TypeError, "got torch.bool for 'w'", id="bool"),
         pytest.param({"w": [1.0, 2.0]}, TypeError, "tensors; got list for 'w'", id="list"),
-        pytest.param({"w": torch.eye(3).to_sparse()}, TypeError, "got torch.sparse_coo for 'w'", id="sparse"),
+        pytest.param(
+            {"w": torch.eye(3).to_sparse()}, TypeError, "got torch.sparse_coo for 'w'", id="sparse"
+        ),
         pytest.param(
             {"a": torch.rand(3), "b": torch.rand(3, device="meta")}, ValueError,
             "scores must be on one device; got 'a' on cpu, 'b' on meta", id="two-devices",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from fishfast import _backend
-from fishfast.fisher.interception import Interception
+from fishfast.fisher.interception import Interception, SecondDerivativeError
 from fishfast.fisher.losses import labelled_batch_losses
 
 __all__ = ["Fisher", "estimate_fisher"]
@@ -103,7 +104,8 @@ def estimate_fisher(
         A `Fisher`: name -> fp32 scores of the parameter's shape, on the parameter's device.
 
     Raises:
-        TypeError: ``batches`` is one batch instead of an iterable of them.
+        TypeError: ``batches`` is one batch instead of an iterable of them, ``num_samples`` is not
+            an integer, or a parameter is complex.
         ValueError: no trainable parameter, no sample, an argument out of range, losses that are
             not one finite number per sample, samples that influence each other's losses, or scores
             that overflow fp32.
@@ -123,12 +125,30 @@ def estimate_fisher(
         (4, torch.Size([2, 3]))
     """
     _check_arguments(batches, num_samples, fisher_type, power)
+    with torch.inference_mode(False):  # tensors made here must be able to take part in autograd
+        return _estimate(model, batches, loss_fn, num_samples, power, eval_mode, progress)
+
+
+def _estimate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn | None,
+    num_samples: int | None,
+    power: int,
+    eval_mode: bool,
+    progress: bool,
+) -> Fisher:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
-            f"model must have parameters with requires_grad=True to score; got {type(model).__name__}"
-            " with none"
+            "model must have parameters with requires_grad=True to score; got "
+            f"{type(model).__name__} with none"
         )
+    for name, p in parameters.items():
+        if not p.is_floating_point():
+            raise TypeError(
+                f"parameters must be real floating-point tensors; got {p.dtype} for {name!r}"
+            )
     _backend.choose("fisher", next(iter(parameters.values())).device)
     scores = {
         name: torch.zeros(p.shape, dtype=torch.float32, device=p.device)
@@ -150,7 +170,7 @@ def estimate_fisher(
         raise ValueError("batches must give at least one sample; got none")
     if num_samples is not None and done < num_samples:
         warnings.warn(
-            f"num_samples={num_samples}, but batches gave only {done} samples", stacklevel=2
+            f"num_samples={num_samples}, but batches gave only {done} samples", stacklevel=3
         )
     for name, score in scores.items():
         if not torch.isfinite(score).all():
@@ -169,6 +189,12 @@ def _check_arguments(
             f"batches must be an iterable of batches; got one {type(batches).__name__}; "
             "pass [batch] to score a single batch"
         )
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(f"batches must be an iterable of batches; got one {type(batches).__name__}")
+    if num_samples is not None and (
+        isinstance(num_samples, bool) or not hasattr(num_samples, "__index__")
+    ):
+        raise TypeError(f"num_samples must be an integer; got {num_samples!r}")
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {num_samples}")
     if fisher_type != "empirical":
@@ -181,16 +207,20 @@ def _check_arguments(
 def _scoring_mode(model: nn.Module, eval_mode: bool) -> Iterator[None]:
     """Eval mode while scoring; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
-    if not eval_mode:
-        for name, module in model.named_modules():
-            batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-            if module.training and (batch_norm or dropout):
-                raise ValueError(
-                    f"eval_mode=False needs {name or 'the model'!r} in eval mode; got a "
-                    f"{type(module).__name__} in train mode, which mixes samples or adds noise; "
-                    "call .eval() on it or leave eval_mode=True"
-                )
+    for name, module in model.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and module.running_mean is None:
+            raise ValueError(
+                f"{name or 'the model'!r} must have running statistics; got a "
+                f"{type(module).__name__} with track_running_stats=False, which mixes samples in "
+                "every mode; replace it"
+            )
+        if module.training and not eval_mode and (batch_norm or _dropout(module) > 0):
+            raise ValueError(
+                f"eval_mode=False needs {name or 'the model'!r} in eval mode; got a "
+                f"{type(module).__name__} in train mode, which mixes samples or adds noise; "
+                "call .eval() on it or leave eval_mode=True"
+            )
     try:
         if eval_mode:
             model.eval()
@@ -198,6 +228,15 @@ def _scoring_mode(model: nn.Module, eval_mode: bool) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _dropout(module: nn.Module) -> float:
+    """Return the dropout probability that a module has of its own."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return module.dropout
+    return 0.0
 
 
 class _Scorer:
@@ -223,7 +262,7 @@ class _Scorer:
         # intercepted on every device.
         device = next(iter(self.parameters.values())).device.type
         with (
-            torch.inference_mode(False),
+            _not_compiled(),
             torch.enable_grad(),
             torch.autograd.set_multithreading_enabled(False),
             self.interception,
@@ -241,7 +280,12 @@ class _Scorer:
     def _audited_losses(self, batch: Any) -> Tensor:
         """Run the forward until every parameter that calls do not cover is left to autograd."""
         while True:
-            losses = self.loss_fn(self.model, batch)
+            try:
+                losses = self.loss_fn(self.model, batch)
+            except SecondDerivativeError:
+                reason = "loss_fn takes a gradient with create_graph=True"
+                self._leave_to_autograd(dict.fromkeys(self._intercepted(), reason))
+                continue
             _check_losses(losses, batch)
             reasons = self.interception.audit(losses)
             if not reasons:
@@ -256,29 +300,54 @@ class _Scorer:
         return [name for name in self.parameters if name not in self.fallback]
 
     def _find_leaks(self, losses: Tensor) -> dict[str, str]:
-        """Check that the first loss reaches only the first row of every intercepted call.
+        """Look at one sample whether losses and the rows of intercepted calls go together.
 
-        Catches losses that couple samples, and calls whose dim 0 has the batch's size by accident.
+        Its loss must reach only its own row of every call, and the other losses every row but that
+        one. Catches losses that couple samples, and calls whose dim 0 has the batch's size by
+        accident. A call that no gradient reaches is looked at again in the next batch.
+
+        Args:
+            losses: of a forward whose graph is kept.
+
+        Returns:
+            Name -> reason, for the parameters of calls whose rows are not the samples.
+
+        Raises:
+            ValueError: that is so in every call: the losses couple samples.
         """
-        names = self._intercepted()
-        if len(losses) < 2 or self.verified.issuperset(names):
-            return {}
         interception = self.interception
-        interception.checking, interception.mixing = True, {}
-        try:
-            self._backward(losses[0], names, retain_graph=True)
-        finally:
-            interception.checking = False
-        leaks = [name for name, leaking in interception.mixing.items() if leaking]
-        if leaks and len(leaks) == len(interception.mixing):
+        names = self._intercepted()
+        if len(losses) < 2 or self.verified.issuperset(interception.used.intersection(names)):
+            return {}
+        # The largest loss: a sample without labels has no gradient to look at.
+        own = torch.zeros_like(losses, dtype=torch.bool)
+        own[losses.detach().argmax()] = True
+        leaking: set[str] = set()
+        touched: set[str] = set()
+        reached = set(names)
+        for rows in (own, ~own):
+            interception.probe = rows
+            interception.leaking, interception.reached = set(), set()
+            try:
+                self._backward(losses[rows].sum(), names, retain_graph=True)
+            finally:
+                interception.probe = None
+            leaking |= interception.leaking
+            touched |= interception.leaking | interception.reached
+            reached &= interception.reached
+        if leaking and leaking == touched:
             raise ValueError(
-                f"loss_fn must return losses that depend on one sample each; the gradient of loss 0 "
-                f"reaches other samples in every layer, {leaks[0]!r} for one (a batch mean, a loss "
-                "between samples, or a batch that is not on dim 0); use reduction='none'"
+                "loss_fn must return losses that depend on one sample each; the gradient of one "
+                f"loss reaches other samples in every layer, {min(leaking)!r} for one (a batch "
+                "mean, a loss between samples, or a batch that is not on dim 0); use "
+                "reduction='none'"
             )
-        if not leaks:
-            self.verified.update(names)
-        return {name: "the gradient of one loss reaches several rows of dim 0" for name in leaks}
+        self.verified |= reached - leaking
+        return {
+            name: "the gradient of one loss reaches several rows of dim 0"
+            for name in names
+            if name in leaking
+        }
 
     def _add_intercepted(self, losses: Tensor, counted: int) -> None:
         self.interception.recording = True
@@ -291,8 +360,7 @@ class _Scorer:
     def _backward(self, loss: Tensor, names: list[str], retain_graph: bool) -> None:
         """Run the intercepted calls' backwards; they return no gradient for their parameters."""
         if names:
-            inputs = [self.parameters[name] for name in names]
-            torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)
+            _gradients(loss, [self.parameters[name] for name in names], retain_graph)
 
     def _add_fallback(self, losses: Tensor, counted: int) -> None:
         """One backward per sample, for the parameters that no rule covers."""
@@ -301,11 +369,33 @@ class _Scorer:
             return
         inputs = [self.parameters[name] for name in names]
         for loss in losses[:counted]:
-            grads = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+            grads = _gradients(loss, inputs, retain_graph=True)
             for name, grad in zip(names, grads, strict=True):
                 if grad is not None:
                     grad = grad.float()
                     self.scores[name] += grad.square() if self.power == 2 else grad.abs()
+
+
+def _not_compiled() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled models eagerly: calls inside a compiled graph cannot be intercepted."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; its import takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _gradients(
+    loss: Tensor, inputs: list[nn.Parameter], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Return what torch.autograd.grad does, without leaving the function mode.
+
+    The mode would take grad() itself for a function to handle and step aside while it runs, and a
+    checkpointed layer, which runs again in there, would not be intercepted the second time.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    return engine.run_backward(
+        (loss,), (torch.ones_like(loss),), retain_graph, False, tuple(inputs), True,
+        accumulate_grad=False,
+    )  # fmt: skip
 
 
 def _check_losses(losses: Any, batch: Any) -> None:
@@ -326,12 +416,13 @@ def _check_losses(losses: Any, batch: Any) -> None:
         )
     if not torch.isfinite(losses).all():
         index = int((~torch.isfinite(losses)).nonzero()[0])
-        raise ValueError(
-            f"loss_fn must return finite losses; got {float(losses[index])} for sample {index}"
-        )
+        value = float(losses[index].detach())
+        raise ValueError(f"loss_fn must return finite losses; got {value} for sample {index}")
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    rows = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
-    if len(rows) == 1:
+    shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    rows = {shape[0] for shape in shapes}
+    # A batch with time first, [T, B], has B losses too.
+    if len(rows) == 1 and not any(len(losses) in shape for shape in shapes):
         (size,) = rows
         if len(losses) > size > 0 and len(losses) % size == 0:
             raise ValueError(

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from fishfast.fisher.rules import RULES, Rule
 
-__all__ = ["Interception"]
+__all__ = ["Interception", "SecondDerivativeError"]
+
+
+class SecondDerivativeError(RuntimeError):
+    """A loss takes a gradient with create_graph=True, and no rule has a second derivative."""
 
 
 class Interception(TorchFunctionMode):
@@ -40,9 +43,13 @@ class Interception(TorchFunctionMode):
         self.scores = scores
         self.power = power
         self.left_to_autograd: set[str] = set()  # names that are not intercepted any more
+        self.used: set[str] = set()  # names that the losses depend on; filled by `audit`
         self.recording = False
-        self.checking = False
-        self.mixing: dict[str, bool] = {}  # filled while checking: name -> gradient leaks to others
+        # Set while checking: the rows whose losses are differentiated. Then the names of calls
+        # where other rows have a gradient too, and of those where these rows have one.
+        self.probe: Tensor | None = None
+        self.leaking: set[str] = set()
+        self.reached: set[str] = set()
 
     def __torch_function__(
         self,
@@ -68,7 +75,9 @@ class Interception(TorchFunctionMode):
     def names_of(self, rule: Rule) -> list[str]:
         """Return the names of the tracked parameters that are a call's weight or bias."""
         return [
-            self.names[id(tensor)] for tensor in (rule.weight, rule.bias) if id(tensor) in self.names
+            self.names[id(tensor)]
+            for tensor in (rule.weight, rule.bias)
+            if id(tensor) in self.names
         ]
 
     def audit(self, losses: Tensor) -> dict[str, str]:
@@ -90,6 +99,7 @@ class Interception(TorchFunctionMode):
                 elif parent not in seen:
                     seen.add(parent)
                     stack.append(parent)
+        self.used = set(uses)
         reasons = {}
         for name, nodes in uses.items():
             if name in self.left_to_autograd:
@@ -135,14 +145,18 @@ class _InterceptedCall(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; once_differentiable would let some pass
+            raise SecondDerivativeError
         x, weight = ctx.saved_tensors
         interception, rule = ctx.interception, ctx.rule
-        if interception.checking:
-            leaks = bool(grad[1:].any())
-            for name in interception.names_of(rule):
-                interception.mixing[name] = leaks
+        if interception.probe is not None:
+            names = interception.names_of(rule)
+            # What is not finite is refused later, by the name of the scores that it ends in.
+            if grad[~interception.probe].nan_to_num(0, 0, 0).any():
+                interception.leaking.update(names)
+            if grad[interception.probe].any():
+                interception.reached.update(names)
         elif interception.recording:
             for parameter, add_score in (
                 (rule.weight, lambda s: rule.add_weight_score(s, x, grad, interception.power)),

@@ -21,7 +21,11 @@ _CLASSIFICATION = (
     "ForAudioClassification",
 )
 _TOKENS_NEXT = ("ForCausalLM",)
-_TOKENS_SAME = ("ForMaskedLM", "ForTokenClassification", "ForConditionalGeneration")
+_TOKENS_SAME = ("ForMaskedLM", "ForTokenClassification")
+# Next tokens where the model only decodes (images and text in one sequence), else the same.
+_GENERATION = "ForConditionalGeneration"
+# Models without a loss_type whose own loss is that of a causal model.
+_CAUSAL_MODELS = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel", "BertLMHeadModel")
 
 
 def labelled_batch_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -46,21 +50,33 @@ def labelled_batch_losses(model: nn.Module, batch: Any) -> Tensor:
     """
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise TypeError(
-            f"batches without a loss_fn must be mappings with 'labels'; got {_describe(batch)}; {_ASK}"
+            "batches without a loss_fn must be mappings with 'labels'; got "
+            f"{_describe(batch)}; {_ASK}"
         )
     device = next(model.parameters()).device
     inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
     labels = inputs["labels"]
     config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
+    encoder_decoder = any(
+        getattr(part, "is_encoder_decoder", False)
+        for part in (config, getattr(config, "text_config", None))
+    )
+    if not encoder_decoder:
         # The model's own loss is a mean over the batch: not needed, and for a language model big.
         del inputs["labels"]
     output = model(**inputs)
-    logits = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    else:
+        logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise TypeError(f"the model's output has no 'logits'; got {_describe(output)}; {_ASK}")
 
     logits, task = logits.float(), getattr(model, "loss_type", None)
+    if type(model).__name__ in _CAUSAL_MODELS:
+        task = _TOKENS_NEXT[0]
+    elif task == _GENERATION:
+        task = _TOKENS_SAME[0] if encoder_decoder else _TOKENS_NEXT[0]
     if task in _TOKENS_NEXT and logits.dim() == 3:
         return _token_losses(logits[:, :-1], labels[:, 1:])
     if task in _TOKENS_SAME and logits.dim() == 3:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 __all__ = ["RULES", "Rule"]
 
@@ -91,6 +92,14 @@ class LinearRule(Rule):
 
     arguments = ("input", "weight", "bias")
 
+    @classmethod
+    def bind(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Rule, Tensor] | None:
+        """Return no rule for a bias of one element either, which is broadcast."""
+        bound = super().bind(args, kwargs)
+        if bound is None or bound[0].bias is None or bound[0].weight is None:
+            return bound
+        return bound if bound[0].bias.shape == bound[0].weight.shape[:1] else None
+
     @staticmethod
     def is_exact(x: Tensor, weight: Tensor | None, options: dict[str, Any]) -> bool:
         """Return whether there is a dim besides the features that can be the sample."""
@@ -127,7 +136,11 @@ class LinearRule(Rule):
 
 
 class EmbeddingRule(Rule):
-    """``F.embedding``: the rows of a token that repeats in a sample are summed before f."""
+    """``F.embedding``: the rows of a token that repeats in a sample are summed before f.
+
+    ``scale_grad_by_freq`` is not applied: it divides what the optimizer sees by counts over the
+    batch, and is no part of the loss's derivative.
+    """
 
     arguments = (
         "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse",
@@ -135,12 +148,8 @@ class EmbeddingRule(Rule):
 
     @staticmethod
     def is_exact(x: Tensor, weight: Tensor | None, options: dict[str, Any]) -> bool:
-        """Return whether the lookup neither rescales rows nor gradients."""
-        return (
-            x.dim() >= 1
-            and options.get("max_norm") is None
-            and not options.get("scale_grad_by_freq", False)
-        )
+        """Return whether the lookup leaves the rows as they are."""
+        return x.dim() >= 1 and options.get("max_norm") is None
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Run the call."""
@@ -157,6 +166,8 @@ class EmbeddingRule(Rule):
         if padding is not None:
             real = tokens.flatten() != padding % num_tokens
             pairs, rows = pairs[real], rows[real]
+        if len(pairs) == 0:
+            return
         pairs, sums = _sum_equal(pairs, rows)
         sums = sums.square_() if power == 2 else sums.abs_()
         token, sums = _sum_equal(pairs // len(x), sums)
@@ -193,9 +204,7 @@ class Conv2dRule(Rule):
     def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return the transposed convolution of G."""
         assert weight is not None
-        return torch.nn.grad.conv2d_input(
-            list(x.shape), weight.to(grad.dtype), grad, **self.options
-        )
+        return conv2d_input(list(x.shape), weight.to(grad.dtype), grad, **self.options)
 
     def weight_grads(self, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
         """Yield ``sum_l G[b, o, l] U[b, c, l]`` with U the unfolded input, group by group."""
@@ -235,7 +244,9 @@ class LayerNormRule(Rule):
         """Return autograd's own gradient of the input."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            out = F.layer_norm(x, weight=None if weight is None else weight.detach(), **self.options)
+            out = F.layer_norm(
+                x, weight=None if weight is None else weight.detach(), **self.options
+            )
         return torch.autograd.grad(out, x, grad.to(out.dtype))[0]
 
     def weight_grads(self, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
