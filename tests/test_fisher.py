@@ -523,6 +523,12 @@ def two_halves(model, batch):
     return (out - out.roll(2, 0)).square().sum(1)
 
 
+def history(model, batch):
+    """Each loss reads the samples before its own; nobody reads the last one, the largest."""
+    out = model(batch[0]).cumsum(0)
+    return out.square().sum(1) * torch.tensor([1, 1, 1, 1000])
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "text"),
     [
@@ -541,6 +547,7 @@ def two_halves(model, batch):
         (mean_expanded, "losses that depend on one sample each; .* in every layer"),
         (contrastive, "losses that depend on one sample each; .* in every layer"),
         (neighbours, "losses that depend on one sample each; .* in every layer"),
+        (history, "losses that depend on one sample each; .* in every layer"),
         (two_halves, "losses that depend on one sample each; .* in every layer"),
     ],
     ids=lambda value: getattr(value, "__name__", "").strip("<>"),

@@ -29,7 +29,6 @@ COMMON_FLAGS = (
     "-Wno-unknown-pragmas",  # #pragma unroll is nvcc's
     "-DFF_SIM",
     "-ffp-contract=off",  # the card fuses only where the source says __fmaf_rn
-    "-ftls-model=initial-exec",  # threadIdx is thread_local: one instruction instead of a call
     "-fno-gnu-unique",  # two libraries in one process share no statics
 )
 KERNEL_FLAGS = {
