@@ -1,4 +1,4 @@
-"""The rules that let the same CUDA source run on a card and on the simulator, enforced by reading."""
+"""The rules that let one CUDA source run on a card and on the simulator, enforced by reading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from simt.build import CSRC
 _FILES = sorted(path for path in CSRC.iterdir() if path.suffix in {".cu", ".cuh", ".h", ".cpp"})
 _KERNELS = [path for path in _FILES if path.suffix in {".cu", ".cuh"}]
 # What differs between nvcc and the simulator, and so may stand in platform.cuh only.
-_MACHINE = re.compile(r"<<<|\basm\b|__shared__|\bvolatile\b|__activemask|#include <(cuda|cub|cooper)")
+_MACHINE = re.compile(
+    r"<<<|\basm\b|__shared__|\bvolatile\b|__activemask|#include <(cuda|cub|cooper)"
+)
 
 
 def _code(text: str) -> str:

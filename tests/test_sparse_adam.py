@@ -231,10 +231,11 @@ def test_layout_changed_between_steps(backend: str) -> None:
         expected_tuning, ff.AdamW(expected_tuning.parameters(), backend=backend), series
     )
     optimizer = ff.AdamW(tuned.parameters(), backend=backend)
-    for position, memory_format in enumerate(
-        [torch.channels_last, torch.contiguous_format, torch.channels_last, torch.channels_last]
+    weight = tuned.model._parameters["w0"]
+    for position, layout in enumerate(
+        ["channels_last", "transposed", "contiguous", "dims swapped"]
     ):
-        tuned.model.to(memory_format=memory_format)
+        weight.data = LAYOUTS[layout](weight.data.contiguous())
         ours = steps_of_ours(tuned, optimizer, series[position : position + 1])
         assert_same_history(ours, expected[position : position + 1])
 
@@ -308,6 +309,19 @@ def test_resuming_restores_masters_of_bf16_weights() -> None:
     assert same_bits(after.model.w0, straight.model.w0)
     assert same_bits(next(after.parameters()), next(straight.parameters()))
     assert expected
+
+
+def test_masters_of_other_weights_are_not_taken_over() -> None:
+    # The optimizer is resumed, the model is not: its weights count.
+    weights = [w.bfloat16() for w in random_tensors((9, 5))]
+    trained, fresh = (tune(weights, [torch.arange(45)]) for _ in range(2))
+    optimizer = ff.AdamW(trained.parameters(), lr=0.5)
+    steps_of_ours(trained, optimizer, gradients_over_time(weights, steps=3))
+    resumed = ff.AdamW(fresh.parameters(), lr=0.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.param_groups[0]["lr"] = 0.0
+    steps_of_ours(fresh, resumed, [[torch.zeros(9, 5)]])
+    assert same_bits(fresh.model.w0, weights[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
