@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from stepping import (
+    TORCH_HAS_FMA,
     CorrectSqrt,
     gradients_over_time,
     mask_of,
@@ -63,6 +64,7 @@ def assert_same_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
 # --- determinism and what is left alone ---
 
 
+@pytest.mark.skipif(not TORCH_HAS_FMA, reason="torch has no fused multiply-add here")
 @MAKERS
 def test_backends_agree_bit_for_bit(make: Make) -> None:
     weights = random_tensors((301, 7), (4, 3, 2, 2))
