@@ -122,7 +122,7 @@ class AdamW(SparseOptimizer):
                     state[name] = torch.zeros_like(
                         update.values, memory_format=torch.contiguous_format
                     )
-            state["step"] += 1
+        torch._foreach_add_([update.state["step"] for update in updates], 1)
 
     def _update_torch(self, update: Update, grad_scale: float) -> None:
         state, group = update.state, update.group
@@ -142,8 +142,12 @@ class AdamW(SparseOptimizer):
         held = fill_targets(rows, updates)
         for name in ("exp_avg", "exp_avg_sq"):
             rows[name] = [update.state[name].data_ptr() for update in updates]
-        for row, update in zip(rows, updates, strict=True):
-            row["scalars"] = tuple(_scalars(update, grad_scale).values())
+        scalars: dict[tuple[int, float], tuple[float, ...]] = {}
+        keys = [(id(update.group), float(update.state["step"])) for update in updates]
+        for key, update in zip(keys, updates, strict=True):
+            if key not in scalars:  # a group's parameters have nearly always taken the same steps
+                scalars[key] = tuple(_scalars(update, grad_scale).values())
+        rows["scalars"] = [scalars[key] for key in keys]
 
         extension = _backend.compiled()
         assert _ROW_DTYPE.itemsize == extension.SPARSE_ADAM_ROW_BYTES

@@ -165,9 +165,8 @@ class SparseOptimizer(Optimizer):
             else:
                 self._update_compiled(batch, grad_scale, device, chosen)
                 # Raw pointers do not tell autograd that these changed.
-                for update in batch:
-                    changed = [update.values, update.weight]
-                    torch.autograd.graph.increment_version([t for t in changed if t is not None])
+                written = [t for update in batch for t in (update.values, update.weight)]
+                torch.autograd.graph.increment_version([t for t in written if t is not None])
         return loss
 
     def _advance(self, updates: list[Update]) -> None:
@@ -250,17 +249,23 @@ def fill_targets(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
     Returns:
         Tensors whose addresses the rows hold; keep them until the launch.
     """
-    held = []
-    for row, update in zip(rows, updates, strict=True):
-        if update.target is not None and update.weight is not None:
-            offsets = update.target.offsets()
-            held.append(offsets)
-            row["target"] = (
+    held: list[Tensor] = []
+    targets = []
+    for update in updates:
+        if update.target is None or update.weight is None:
+            targets.append((0, 0, 0, 0))
+            continue
+        offsets = update.target.offsets()
+        held.append(offsets)
+        targets.append(
+            (
                 update.weight.data_ptr(),
                 offsets.data_ptr(),
                 _STORAGE[update.weight.dtype],
                 offsets.dtype == torch.int64,
             )
+        )
+    rows["target"] = targets  # whole columns: numpy takes 5 us to fill one record
     rows["grad"] = [update.grad.data_ptr() for update in updates]
     rows["values"] = [update.values.data_ptr() for update in updates]
     rows["k"] = [update.values.numel() for update in updates]
