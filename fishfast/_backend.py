@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -74,7 +75,12 @@ def _warn_once(reason: str, wanted: str, chosen: str) -> None:
 def _extension() -> tuple[ModuleType | None, str]:
     """The compiled extension, or None and the reason."""
     try:
-        return importlib.import_module("fishfast._C"), ""
+        extension = importlib.import_module("fishfast._C")
+        built_in, here = Path(str(extension.__file__)).parent, Path(__file__).parent
+        if built_in.resolve() != here.resolve():
+            # An editable install answers for its own tree when another one is imported.
+            return None, f"the compiled extension belongs to another tree, {built_in}"
+        return extension, ""
     except ImportError as error:
         if importlib.util.find_spec("fishfast._C") is not None:
             return None, f"the compiled extension fishfast._C does not load: {error}"
