@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ import fishfast as ff
 
 GPU_REASON = "no CUDA device on this machine"
 LARGE_REASON = "takes gigabytes of memory; run with -m large"
+
+# The modules that assert for tests: their failures show the values too.
+pytest.register_assert_rewrite("fisher_checks", "stepping", "train_only_modules", "train_only_net")
 
 
 def pytest_report_header() -> list[str]:
@@ -38,3 +42,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# --- for test_delta_*.py ---
+
+
+@pytest.fixture(scope="module")
+def tuned() -> ff.SparseTuning:
+    from delta_net import trained  # not above: stepping is to be rewritten first
+
+    torch.manual_seed(0)
+    return trained()
+
+
+@pytest.fixture
+def path(tuned: ff.SparseTuning, tmp_path: Path) -> Path:
+    ff.save_delta(tuned, tmp_path / "task.safetensors")
+    return tmp_path / "task.safetensors"

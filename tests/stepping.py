@@ -1,7 +1,8 @@
-"""Runs fishfast's and torch's optimizers in lockstep on given gradients."""
+"""Runs fishfast's and torch's optimizers in lockstep on given gradients; compares bits."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,11 @@ import fishfast as ff
 
 # lerp, addcmul and add with a factor are fused multiply-adds in torch's AVX2 and AVX-512 only.
 TORCH_HAS_FMA = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+BACKENDS = ["cpu", "torch"]
+CPU_CHUNK = 16384  # csrc/cpu_step.h
+TORCH_ADAMW = functools.partial(torch.optim.AdamW, foreach=False)
+TORCH_SGD = functools.partial(torch.optim.SGD, foreach=False)
 
 
 class CorrectSqrt(TorchFunctionMode):
@@ -155,6 +161,35 @@ def steps_of_torch(
     return history
 
 
+def oracle_history(
+    trajectory: Callable[..., list[tuple[float, ...]]],
+    suffixes: tuple[str, ...],
+    weights: list[Tensor],
+    indices: list[Tensor],
+    series: list[list[Tensor]],
+    **options: Any,
+) -> list[dict[str, Tensor]]:
+    """Return what an oracle makes of the masked entries in each step, in the dense shapes.
+
+    The oracle's first values are named w0, w1, ... and these suffixes, the first for the weight.
+    """
+    history: list[dict[str, Tensor]] = [{} for _ in series]
+    options["lr"] = float(options["lr"])
+    for position, (weight, found) in enumerate(zip(weights, indices, strict=True)):
+        start = weight.flatten().double()
+        dense = [[start.clone(), *(torch.zeros_like(start) for _ in suffixes[1:])] for _ in series]
+        gradients = torch.stack([step[position].flatten().double() for step in series])
+        for index in found.tolist():
+            path = trajectory(start[index].item(), gradients[:, index].tolist(), **options)
+            for tensors, values in zip(dense, path, strict=True):
+                for tensor, value in zip(tensors, values, strict=False):
+                    tensor[index] = value
+        for snapshot, tensors in zip(history, dense, strict=True):
+            for suffix, tensor in zip(suffixes, tensors, strict=True):
+                snapshot[f"w{position}{suffix}"] = tensor.view(weight.shape)
+    return history
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are equal bit for bit (NaN equals itself, 0.0 is not -0.0)."""
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -162,6 +197,19 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     kind = {4: torch.int32, 2: torch.int16, 8: torch.int64, 1: torch.uint8}[a.element_size()]
     a, b = a.detach().contiguous().reshape(-1), b.detach().contiguous().reshape(-1)
     return torch.equal(a.view(kind), b.view(kind))
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the model's state_dict, to compare with later."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_state(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    """Compare the model's state_dict with an earlier one: names, order and bits."""
+    state = model.state_dict()
+    assert list(state) == list(expected)
+    for name, tensor in expected.items():
+        assert same_bits(state[name], tensor), name
 
 
 def assert_same_history(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +10,17 @@ import oracle
 import pytest
 import torch
 from stepping import (
+    BACKENDS,
+    CPU_CHUNK,
+    TORCH_ADAMW,
     TORCH_HAS_FMA,
     CorrectSqrt,
-    Weights,
     assert_same_history,
     gradients_over_time,
     mask_of,
+    oracle_history,
     random_tensors,
     same_bits,
-    snapshot_of_ours,
     some_indices,
     steps_of_ours,
     steps_of_torch,
@@ -29,32 +30,9 @@ from torch import Tensor, nn
 
 import fishfast as ff
 
-BACKENDS = ["cpu", "torch"]
-CPU_CHUNK = 16384  # csrc/cpu_step.h
-TORCH_ADAMW = functools.partial(torch.optim.AdamW, foreach=False)
-
-
-def float64_history(
-    weights: list[Tensor], indices: list[Tensor], series: list[list[Tensor]], **options: Any
-) -> list[dict[str, Tensor]]:
-    """Return the oracle's weights and moments after each step, in the dense shapes."""
-    history: list[dict[str, Tensor]] = [{} for _ in series]
-    for position, (weight, found) in enumerate(zip(weights, indices, strict=True)):
-        start = weight.flatten().double()
-        dense = [(start.clone(), torch.zeros_like(start), torch.zeros_like(start)) for _ in series]
-        gradients = torch.stack([step[position].flatten().double() for step in series])
-        for index in found.tolist():
-            path = oracle.adamw_trajectory(
-                start[index].item(), gradients[:, index].tolist(), **options
-            )
-            for tensors, values in zip(dense, path, strict=True):
-                for tensor, value in zip(tensors, values, strict=True):
-                    tensor[index] = value
-        for snapshot, tensors in zip(history, dense, strict=True):
-            names = (f"w{position}", f"w{position}.exp_avg", f"w{position}.exp_avg_sq")
-            for name, tensor in zip(names, tensors, strict=True):
-                snapshot[name] = tensor.view(weight.shape)
-    return history
+float64_history = functools.partial(
+    oracle_history, oracle.adamw_trajectory, ("", ".exp_avg", ".exp_avg_sq")
+)
 
 
 def compare(
@@ -72,7 +50,7 @@ def compare(
     theirs = steps_of_torch(
         weights, indices, series, lambda parameters: TORCH_ADAMW(parameters, **options)
     )
-    options["lr"] = float(options.get("lr", 1e-3))
+    options.setdefault("lr", 1e-3)
     exact = None if TORCH_HAS_FMA else float64_history(weights, indices, series, **options)
     assert_same_history(ours, theirs, exact)
 
@@ -187,7 +165,6 @@ def test_parameter_without_a_gradient_in_some_steps(backend: str) -> None:
 
 # --- layouts ---
 
-
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda w: w,
     "channels_last": lambda w: w.to(memory_format=torch.channels_last),
@@ -240,229 +217,7 @@ def test_layout_changed_between_steps(backend: str) -> None:
         assert_same_history(ours, expected[position : position + 1])
 
 
-# --- saving and loading mid-run ---
-
-
-def as_torch(tuned: ff.SparseTuning) -> torch.optim.Optimizer:
-    optimizer = TORCH_ADAMW(tuned.parameters(), lr=0.1, weight_decay=0.0)
-    tuned.attach(optimizer)
-    return optimizer
-
-
-def as_ours(tuned: ff.SparseTuning) -> torch.optim.Optimizer:
-    return ff.AdamW(tuned.parameters(), lr=0.1)
-
-
-@pytest.mark.skipif(not TORCH_HAS_FMA, reason="torch has no fused multiply-add here")
-@pytest.mark.parametrize(
-    ("first", "second", "dtype"),
-    [
-        (as_ours, as_ours, torch.float32),
-        (as_torch, as_ours, torch.float32),
-        (as_ours, as_torch, torch.float32),
-        (as_ours, as_ours, torch.bfloat16),
-        (as_ours, as_torch, torch.bfloat16),  # not from torch: its state has no masters
-    ],
-    ids=["ours to ours", "torch to ours", "ours to torch", "bf16", "bf16 to torch"],
-)
-def test_state_reloaded_mid_run(
-    first: Callable[..., Any], second: Callable[..., Any], dtype: torch.dtype, tmp_path: Any
-) -> None:
-    weights = [w.to(dtype) for w in random_tensors((9, 5), (17,))]
-    indices = [some_indices(w.numel()) for w in weights]
-    series = gradients_over_time(weights, steps=7)
-    uninterrupted, before, after = (tune(weights, indices) for _ in range(3))
-    with CorrectSqrt():
-        expected = steps_of_ours(uninterrupted, as_ours(uninterrupted), series)
-        optimizer = first(before)
-        steps_of_ours(before, optimizer, series[:3])
-        state = {"model": before.model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, tmp_path / "checkpoint.pt")
-        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-        after.model.load_state_dict(state["model"])
-        resumed = second(after)
-        if second is as_torch and dtype != torch.float32:  # our masters are what torch lacks
-            ff.AdamW(after.parameters()).load_state_dict(state["optimizer"])
-        resumed.load_state_dict(state["optimizer"])
-        ours = steps_of_ours(after, resumed, series[3:])
-    for snapshot in ours:
-        snapshot.pop("w0.master", None)
-        snapshot.pop("w1.master", None)
-    assert_same_history(ours, expected[3:])
-
-
-def test_resuming_restores_masters_of_bf16_weights() -> None:
-    # Steps far below bf16's resolution: only the masters remember them.
-    weights = [torch.ones(8, dtype=torch.bfloat16)]
-    series = [[torch.ones(8)] for _ in range(40)]
-    straight, before, after = (tune(weights, [torch.arange(8)]) for _ in range(3))
-    options = {"lr": 1e-4}
-    expected = steps_of_ours(straight, ff.AdamW(straight.parameters(), **options), series)
-    optimizer = ff.AdamW(before.parameters(), **options)
-    steps_of_ours(before, optimizer, series[:10])
-    assert same_bits(before.model.w0, weights[0])  # nothing to be seen in bf16 yet
-    after.model.load_state_dict(before.model.state_dict())
-    resumed = ff.AdamW(after.parameters(), **options)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    steps_of_ours(after, resumed, series[10:])
-    assert not same_bits(after.model.w0, weights[0])
-    assert same_bits(after.model.w0, straight.model.w0)
-    assert same_bits(next(after.parameters()), next(straight.parameters()))
-    assert expected
-
-
-def test_masters_of_other_weights_are_not_taken_over() -> None:
-    # The optimizer is resumed, the model is not: its weights count.
-    weights = [w.bfloat16() for w in random_tensors((9, 5))]
-    trained, fresh = (tune(weights, [torch.arange(45)]) for _ in range(2))
-    optimizer = ff.AdamW(trained.parameters(), lr=0.5)
-    steps_of_ours(trained, optimizer, gradients_over_time(weights, steps=3))
-    resumed = ff.AdamW(fresh.parameters(), lr=0.0)
-    resumed.load_state_dict(optimizer.state_dict())
-    resumed.param_groups[0]["lr"] = 0.0
-    steps_of_ours(fresh, resumed, [[torch.zeros(9, 5)]])
-    assert same_bits(fresh.model.w0, weights[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_before_the_first_step_loads(dtype: torch.dtype) -> None:
-    weights = [w.to(dtype) for w in random_tensors((9, 5))]
-    indices = [some_indices(45)]
-    series = gradients_over_time(weights, steps=2)
-    tuned, other = tune(weights, indices), tune(weights, indices)
-    for second in (as_ours, as_torch):
-        optimizer = second(other)
-        optimizer.load_state_dict(as_ours(tuned).state_dict())
-        assert len(steps_of_ours(other, optimizer, series)) == 2
-
-
-def test_lowered_precision_state_is_loaded_as_fp32() -> None:
-    # load_state_dict casts state to the parameter's dtype: fp32, for the masters are.
-    weights = [w.bfloat16() for w in random_tensors((9, 5))]
-    tuned = tune(weights, [some_indices(45)])
-    optimizer = ff.AdamW(tuned.parameters())
-    steps_of_ours(tuned, optimizer, gradients_over_time(weights, steps=2))
-    other = tune(weights, [some_indices(45)])
-    loaded = ff.AdamW(other.parameters())
-    loaded.load_state_dict(optimizer.state_dict())
-    for before, after in zip(tuned.parameters(), other.parameters(), strict=True):
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert same_bits(optimizer.state[before][key], loaded.state[after][key])
-
-
-def test_state_of_another_mask_is_refused() -> None:
-    weights = random_tensors((9, 5))
-    small, large = tune(weights, [torch.arange(3)]), tune(weights, [torch.arange(30)])
-    optimizer = ff.AdamW(small.parameters())
-    steps_of_ours(small, optimizer, gradients_over_time(weights, steps=1))
-    target = ff.AdamW(large.parameters())
-    with pytest.raises(ValueError, match=r"state_dict must fit the parameters; .*exp_avg.* \(3,\)"):
-        target.load_state_dict(optimizer.state_dict())
-    assert not target.state
-
-
-def test_masters_of_another_mask_are_refused() -> None:
-    weights = [w.bfloat16() for w in random_tensors((9, 5))]
-    one, many = tune(weights, [torch.arange(1)]), tune(weights, [torch.arange(30)])
-    optimizer = ff.AdamW(one.parameters())
-    steps_of_ours(one, optimizer, gradients_over_time(weights, steps=1))
-    state = optimizer.state_dict()
-    state["state"][0] = {"master": state["state"][0]["master"]}  # it would broadcast
-    before = next(many.parameters()).detach().clone()
-    with pytest.raises(ValueError, match="state_dict must fit the parameters; .*master"):
-        ff.AdamW(many.parameters()).load_state_dict(state)
-    assert same_bits(next(many.parameters()), before)
-
-
-def test_amsgrad_state_is_refused() -> None:
-    tuned = tune(random_tensors(5), [torch.arange(5)])
-    state = torch.optim.AdamW(tuned.parameters(), amsgrad=True).state_dict()
-    with pytest.raises(ValueError, match="amsgrad is not supported; got a state"):
-        ff.AdamW(tuned.parameters()).load_state_dict(state)
-
-
-# --- weights of 16 bits ---
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights_follow_fp32_masters(dtype: torch.dtype, backend: str) -> None:
-    weights = [w.to(dtype) for w in random_tensors((33, 7), (101,))]
-    indices = [some_indices(w.numel()) for w in weights]
-    series = gradients_over_time(weights, steps=6)
-    low = tune(weights, indices)
-    full = tune([w.float() for w in weights], indices)
-    options: dict[str, Any] = {"lr": 1e-3, "backend": backend}
-    low_optimizer = ff.AdamW(low.parameters(), **options)
-    full_optimizer = ff.AdamW(full.parameters(), **options)
-    for gradients in series:
-        steps_of_ours(low, low_optimizer, [gradients])
-        steps_of_ours(full, full_optimizer, [gradients])
-        for (name, ours), theirs in zip(low.named_parameters(), full.parameters(), strict=True):
-            assert ours.dtype == torch.float32
-            assert same_bits(ours, theirs)  # the masters are exactly the fp32 run
-            name = name.removesuffix("_values")
-            weight = low.model._parameters[name].detach().flatten()
-            found = low.mask[name].long()
-            assert same_bits(weight[found], ours.detach().to(dtype))
-            untouched = torch.ones(weight.numel(), dtype=torch.bool).index_fill(0, found, False)
-            original = weights[int(name[1:])].flatten()
-            assert same_bits(weight[untouched], original[untouched])
-
-
-def scatter(masters: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Let a step with lr 0 write chosen masters into weights of a dtype."""
-    tuned = tune([torch.zeros(masters.numel(), dtype=dtype)], [torch.arange(masters.numel())])
-    (values,) = tuned.parameters()
-    values.data.copy_(masters)
-    steps_of_ours(
-        tuned, ff.AdamW(tuned.parameters(), lr=0.0, backend=backend), [[torch.zeros_like(masters)]]
-    )
-    assert same_bits(values, masters) or masters.isnan().any()
-    return tuned.model.w0.detach()
-
-
-def assert_casts_agree(ours: Tensor, expected: Tensor) -> None:
-    # torch itself has two bit patterns for a bf16 NaN, in its vector and its scalar loop.
-    assert torch.equal(ours.isnan(), expected.isnan())
-    assert same_bits(ours[~expected.isnan()], expected[~expected.isnan()])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-class TestConversions:
-    def test_every_16_bit_pattern_comes_back(self, dtype: torch.dtype, backend: str) -> None:
-        patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(dtype)
-        assert_casts_agree(scatter(patterns.float(), dtype, backend), patterns)
-
-    def test_random_fp32_bit_patterns(self, dtype: torch.dtype, backend: str) -> None:
-        bits = torch.randint(-(2**31), 2**31, (400_000,)).int()
-        assert_casts_agree(
-            scatter(bits.view(torch.float32), dtype, backend), bits.view(torch.float32).to(dtype)
-        )
-
-    def test_halfway_cases(self, dtype: torch.dtype, backend: str) -> None:
-        # Every value midway between two neighbours, and one fp32 step to either side of it.
-        patterns = torch.arange(0, 2**15, dtype=torch.int32).short().view(dtype).double()
-        patterns = patterns[patterns.isfinite()]
-        middle = ((patterns[1:] + patterns[:-1]) / 2).float()
-        assert torch.equal(middle.double(), (patterns[1:] + patterns[:-1]) / 2)
-        around = torch.cat([
-            middle,
-            torch.nextafter(middle, torch.tensor(torch.inf)),
-            torch.nextafter(middle, torch.tensor(0.0)),
-        ])  # fmt: skip
-        largest = torch.tensor(torch.finfo(dtype).max)
-        edge = [
-            torch.nextafter(largest, torch.tensor(torch.inf)),
-            largest * 1.0009,
-            largest * 1.001,
-        ]
-        masters = torch.cat([around, -around, torch.stack(edge)])
-        assert_casts_agree(scatter(masters, dtype, backend), masters.to(dtype))
-
-
-# --- refusals ---
+# --- options ---
 
 
 @pytest.mark.parametrize(
@@ -490,18 +245,3 @@ def test_bad_option_is_refused(options: dict[str, Any], message: str) -> None:
 def test_weight_decay_defaults_to_zero() -> None:
     tuned = tune(random_tensors(5), [torch.arange(5)])
     assert ff.AdamW(tuned.parameters()).defaults["weight_decay"] == 0
-
-
-def test_state_names_are_those_of_torch() -> None:
-    weights = random_tensors((9, 5))
-    tuned = tune(weights, [some_indices(45)])
-    optimizer = ff.AdamW(tuned.parameters())
-    steps_of_ours(tuned, optimizer, gradients_over_time(weights, steps=1))
-    model = Weights(*weights)
-    reference = TORCH_ADAMW(model.parameters())
-    model.w0.grad = torch.ones(9, 5)
-    reference.step()
-    assert optimizer.state_dict()["state"][0].keys() == reference.state_dict()["state"][0].keys()
-    assert set(snapshot_of_ours(tuned, optimizer)) == {
-        "w0", "w0.step", "w0.exp_avg", "w0.exp_avg_sq",
-    }  # fmt: skip

@@ -10,9 +10,13 @@ import oracle
 import pytest
 import torch
 from stepping import (
+    BACKENDS,
+    CPU_CHUNK,
     TORCH_HAS_FMA,
+    TORCH_SGD,
     assert_same_history,
     gradients_over_time,
+    oracle_history,
     random_tensors,
     same_bits,
     some_indices,
@@ -23,10 +27,6 @@ from stepping import (
 from torch import Tensor
 
 import fishfast as ff
-
-BACKENDS = ["cpu", "torch"]
-CPU_CHUNK = 16384  # csrc/cpu_step.h
-TORCH_SGD = functools.partial(torch.optim.SGD, foreach=False)
 
 # Without weight decay any mask will do: an entry without a gradient stays as it is.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -51,25 +51,7 @@ DECAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def float64_history(
-    weights: list[Tensor], indices: list[Tensor], series: list[list[Tensor]], **options: Any
-) -> list[dict[str, Tensor]]:
-    """Return the oracle's weights after each step, in the dense shapes."""
-    history: list[dict[str, Tensor]] = [{} for _ in series]
-    options["lr"] = float(options["lr"])
-    for position, (weight, found) in enumerate(zip(weights, indices, strict=True)):
-        start = weight.flatten().double()
-        dense = [start.clone() for _ in series]
-        gradients = torch.stack([step[position].flatten().double() for step in series])
-        for index in found.tolist():
-            path = oracle.sgd_trajectory(
-                start[index].item(), gradients[:, index].tolist(), **options
-            )
-            for tensor, (value, _) in zip(dense, path, strict=True):
-                tensor[index] = value
-        for snapshot, tensor in zip(history, dense, strict=True):
-            snapshot[f"w{position}"] = tensor.view(weight.shape)
-    return history
+float64_history = functools.partial(oracle_history, oracle.sgd_trajectory, ("",))
 
 
 def compare(

@@ -1,0 +1,278 @@
+"""Deltas on disk: k entries and little else, never half-written."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickletools
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from delta_damage import take_apart
+from delta_net import Net, images, mask_with_head, train, trained
+from safetensors import safe_open
+
+import fishfast as ff
+from fishfast import _files
+
+# --- what is in the file ---
+
+
+def test_file_holds_k_entries_and_little_else(path: Path, tuned: ff.SparseTuning) -> None:
+    with safe_open(path, "pt") as file:
+        keys, metadata = set(file.keys()), file.metadata()
+        entries = sum(file.get_tensor(k).numel() for k in keys if k.startswith("values/"))
+    assert entries == tuned.num_selected
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    buffers = 2 * 4 * 4 + 8  # running_mean, running_var, num_batches_tracked
+    assert path.stat().st_size == 8 + header + 8 * tuned.num_selected + buffers
+    assert metadata["format"] == "fishfast.delta"
+    assert {key for key in keys if key.startswith("buffer/")} == {
+        "buffer/norm.running_mean", "buffer/norm.running_var", "buffer/norm.num_batches_tracked",
+    }  # fmt: skip
+
+
+def test_file_has_no_pickle(path: Path) -> None:
+    assert not zipfile.is_zipfile(path)
+    with pytest.raises((ValueError, IndexError)):
+        list(pickletools.genops(path.read_bytes()))
+    for source in Path(ff.__file__).parent.rglob("*.py"):
+        text = source.read_text()
+        assert "torch.save" not in text, source
+        assert "torch.load(" not in text, source
+        assert "import pickle" not in text, source
+
+
+def test_buffers_that_did_not_change_are_not_saved(tmp_path: Path) -> None:
+    model = Net().eval()
+    tuned = ff.train_only(model, mask_with_head(model))
+    train(tuned)
+    ff.save_delta(tuned, tmp_path / "d")
+    delta = ff.load_delta(tmp_path / "d")
+    assert not delta.buffers
+    assert repr(delta).startswith(
+        f"Delta({tuned.num_selected} of {tuned.mask.num_params} weights, 0"
+    )
+
+
+def test_saving_from_a_released_or_copied_model(path: Path, tmp_path: Path) -> None:
+    tuned = trained()
+    copied = copy.deepcopy(tuned)
+    ff.save_delta(copied, tmp_path / "copied")
+    tuned.release()
+    ff.save_delta(tuned, tmp_path / "released")
+    expected = take_apart(path)  # but for the order of the header, which safetensors leaves open
+    assert take_apart(tmp_path / "copied") == expected
+    assert take_apart(tmp_path / "released") == expected
+
+
+# --- refusals; the old file stays ---
+
+
+def test_save_refuses_what_is_no_tuning(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="tuned must be what train_only returned; got Net"):
+        ff.save_delta(Net(), tmp_path / "d")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["weight", "buffer"])
+def test_save_refuses_values_that_are_not_finite(path: Path, value: float, where: str) -> None:
+    old = path.read_bytes()
+    tuned = trained()
+    if where == "weight":
+        parameter = next(tuned.parameters())
+        parameter.data[0] = value
+        parameter.target.scatter_(parameter)
+        message = r"values must be finite; 'conv\.weight_values' in the trained model"
+    else:
+        tuned.model.norm.running_mean[0] = value
+        message = r"values must be finite; 'norm\.running_mean' in the trained model"
+    with pytest.raises(ValueError, match=message):
+        ff.save_delta(tuned, path)
+    assert path.read_bytes() == old
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_save_refuses_values_that_were_not_written_into_the_weights(path: Path) -> None:
+    old = path.read_bytes()
+    model = Net()
+    tuned = ff.train_only(model, mask_with_head(model))
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+    model(images()).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"'conv.weight_values' were not written .*tuned.attach"):
+        ff.save_delta(tuned, path)
+    assert path.read_bytes() == old
+
+
+def test_save_refuses_a_model_of_another_dtype(path: Path) -> None:
+    old = path.read_bytes()
+    tuned = trained()
+    tuned.model.bfloat16()
+    with pytest.raises(
+        RuntimeError, match="changed since train_only, so the delta would fit no base"
+    ):
+        ff.save_delta(tuned, path)
+    assert path.read_bytes() == old
+
+
+def test_missing_folder_is_named(tuned: ff.SparseTuning, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        ff.save_delta(tuned, tmp_path / "missing" / "d")
+    assert not list(tmp_path.iterdir())
+
+
+def test_target_that_is_a_folder(tuned: ff.SparseTuning, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        ff.save_delta(tuned, tmp_path / "d")
+    assert os.listdir(tmp_path) == ["d"]
+
+
+# --- the old file or the new one, whole ---
+
+
+@pytest.mark.parametrize("failing", ["save_file", "chmod", "fsync", "replace"])
+def test_failure_while_saving_keeps_the_old_file(
+    path: Path, tuned: ff.SparseTuning, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(_files if failing == "save_file" else os, failing, fail)
+    with pytest.raises(OSError, match="no space"):
+        ff.save_delta(tuned, path)
+    monkeypatch.undo()
+    assert path.read_bytes() == old
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_order_of_the_atomic_save(
+    path: Path, tuned: ff.SparseTuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        seen.append(("fsync", "folder" if name == str(path.parent) else "file"))
+        real_fsync(descriptor)
+
+    def replace(source: Any, target: Any) -> None:
+        assert Path(source).parent == path.parent  # a rename across file systems is no rename
+        assert ff.load_delta(source).num_selected == tuned.num_selected  # whole before it counts
+        seen.append(("replace", Path(target).name))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    ff.save_delta(tuned, path)
+    assert seen == [("fsync", "file"), ("replace", path.name), ("fsync", "folder")]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(tuned: ff.SparseTuning, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        ff.save_delta(tuned, tmp_path / "d")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+# Runs in its own process, which forks a child per kill: forking pytest's would copy its threads.
+KILLER = """
+import os, random, signal, sys, time
+import torch
+import fishfast as ff
+from fishfast import _files
+
+torch.set_num_threads(1)
+target = sys.argv[1]
+tunings = []
+for k in (200_000, 300_000):
+    model = torch.nn.Linear(1000, 1000)
+    tunings.append(ff.train_only(model, ff.random_mask(model, k=k, seed=0)))
+whole = (200_000, 300_000)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killing(module, name, call, after):
+    real, count = getattr(module, name), [0]
+
+    def patched(*arguments, **options):
+        count[0] += 1
+        if count[0] == call and not after:
+            die()
+        result = real(*arguments, **options)
+        if count[0] == call and after:
+            die()
+        return result
+
+    setattr(module, name, patched)
+
+
+def run(child, delay=None):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        finally:
+            os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+
+
+points = [(_files, "save_file", 1), (os, "chmod", 1), (os, "fsync", 1), (os, "replace", 1),
+          (os, "fsync", 2)]
+for module, name, call in points:
+    for after in (False, True):
+        ff.save_delta(tunings[0], target)
+
+        def child():
+            killing(module, name, call, after)
+            ff.save_delta(tunings[1], target)
+
+        run(child)
+        replaced = (name, call) == ("fsync", 2) or (name == "replace" and after)
+        assert ff.load_delta(target).num_selected == whole[replaced], (name, call, after)
+
+def loop():
+    while True:
+        for tuned in tunings:
+            ff.save_delta(tuned, target)
+
+random.seed(0)
+seen = set()
+for _ in range(int(sys.argv[2])):
+    run(loop, delay=random.uniform(0.0, 0.06))
+    found = ff.load_delta(target).num_selected
+    assert found in whole, found
+    seen.add(found)
+print("killed", 2 * len(points), sorted(seen))
+"""
+
+
+def test_kill_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path / "d"), "40"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "killed 10 [200000, 300000]\n"

@@ -1,0 +1,61 @@
+"""`estimate_fisher` leaves the model, its modes and the random state as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fisher_checks import BATCH, assert_same_state, decorated, score, state_of
+from models import CASES, classify
+from torch import nn
+
+import fishfast as ff
+
+
+@pytest.mark.parametrize("name", ["convnet_with_norms", "transformer_layer", "half_frozen", "lstm"])
+def test_model_and_random_state_are_untouched(name):
+    case = CASES[name]()
+    model, seen = decorated(case)
+    before = state_of(model)
+    score(case)
+    assert_same_state(before, state_of(model))
+    assert seen
+    assert "grad" not in seen
+
+
+def test_scoring_happens_in_eval_mode_and_the_optimizer_goes_on():
+    case = CASES["convnet_with_norms"]()
+    assert case.model.training
+    modes = []
+    case.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    score(case)
+    assert set(modes) == {False}
+    case.loss_fn(case.model, case.batches[0]).mean().backward()
+    assert all(p.grad is not None for p in case.model.parameters())
+
+
+def test_eval_mode_off_keeps_the_modes():
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 4))
+    model[1].eval()
+    model[2].eval()
+    modes = []
+    model[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    fisher = ff.estimate_fisher(model, [BATCH], loss_fn=classify, eval_mode=False)
+    assert modes == [True]
+    expected = ff.estimate_fisher(model, [BATCH], loss_fn=classify)
+    assert all(torch.equal(fisher[name], expected[name]) for name in fisher)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)
+def test_called_without_gradients(context):
+    case = CASES["transformer_layer"]()
+    expected = score(case)
+    with context():
+        fisher = score(case)
+        assert not torch.is_grad_enabled()
+    assert all(torch.equal(fisher[name], expected[name]) for name in expected)
+    assert not any(s.requires_grad or s.is_inference() for s in fisher.values())
+
+
+def test_scores_keep_no_graph_alive():
+    case = CASES["bare_parameters"]()
+    assert all(s.grad_fn is None for s in score(case).values())

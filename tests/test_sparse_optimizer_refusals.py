@@ -1,0 +1,112 @@
+"""What both optimizers refuse; a refused step changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse_optimizer_makers import MAKERS, Make
+from stepping import (
+    assert_state,
+    random_tensors,
+    same_bits,
+    set_gradients,
+    state_of,
+    steps_of_ours,
+    tune,
+)
+from torch import nn
+
+import fishfast as ff
+
+
+def assert_step_refused(
+    optimizer: torch.optim.Optimizer, tuned: ff.SparseTuning, message: str
+) -> None:
+    before = state_of(tuned.model)
+    masters = [p.detach().clone() for p in tuned.parameters()]
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert_state(tuned.model, before)
+    assert all(same_bits(p, m) for p, m in zip(tuned.parameters(), masters, strict=True))
+    assert not any(optimizer.state.values())
+
+
+@MAKERS
+def test_sparse_gradient_is_refused(make: Make) -> None:
+    tuned = tune(random_tensors(5, 5), [torch.arange(5)] * 2)
+    first, second = tuned.parameters()
+    first.grad, second.grad = torch.ones(5), torch.ones(5).to_sparse()
+    assert_step_refused(
+        make(tuned.parameters()), tuned, "gradients must be dense float32; got .*sparse_coo"
+    )
+
+
+@MAKERS
+def test_model_moved_to_double_is_refused(make: Make) -> None:
+    tuned = tune(random_tensors(5, 5), [torch.arange(5)] * 2)
+    set_gradients(tuned, [torch.ones(5)] * 2)
+    tuned.model.double()
+    assert_step_refused(
+        make(tuned.parameters()), tuned, r"the model was moved to torch.float64 after train_only"
+    )
+
+
+@MAKERS
+def test_state_on_another_device_is_refused(make: Make) -> None:
+    weights = random_tensors(5)
+    tuned = tune(weights, [torch.arange(5)])
+    optimizer = make(tuned.parameters())
+    steps_of_ours(tuned, optimizer, [[torch.ones(5)]])
+    before = state_of(tuned.model)
+    for state in optimizer.state.values():
+        state.update({name: value.to("meta") for name, value in state.items() if value.dim()})
+    set_gradients(tuned, [torch.ones(5)])
+    with pytest.raises(RuntimeError, match="state must be where its parameter is; got .* on meta"):
+        optimizer.step()
+    assert_state(tuned.model, before)
+
+
+@MAKERS
+def test_plain_parameter_moved_to_another_layout_is_refused(make: Make) -> None:
+    # Its gradient would be read in another order than its values are stored in.
+    tuned = tune(random_tensors(5), [torch.arange(5)])
+    conv = nn.Conv2d(3, 4, 3)
+    optimizer = make([*tuned.parameters(), *conv.parameters()])
+    conv.to(memory_format=torch.channels_last)
+    conv.weight.grad = torch.ones_like(conv.weight)
+    set_gradients(tuned, [torch.ones(5)])
+    assert_step_refused(optimizer, tuned, r"parameters must be contiguous; got .*\(4, 3, 3, 3\)")
+
+
+@MAKERS
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        nn.Parameter(torch.ones(4, dtype=torch.bfloat16)),
+        nn.Parameter(torch.ones(4, dtype=torch.float64)),
+        nn.Parameter(torch.ones(4, 4).t()[:2]),
+    ],
+    ids=["bfloat16", "float64", "not contiguous"],
+)
+def test_parameters_that_are_refused(make: Make, parameter: nn.Parameter) -> None:
+    message = "params must be compact parameters or contiguous float32 ones; got torch"
+    with pytest.raises(ValueError, match=message):
+        make([parameter])
+    tuned = tune(random_tensors(5), [torch.arange(5)])
+    optimizer = make(tuned.parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [parameter]})
+    assert len(optimizer.param_groups) == 1
+
+
+@MAKERS
+def test_unknown_backend_is_refused(make: Make) -> None:
+    tuned = tune(random_tensors(5), [torch.arange(5)])
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of .*; got 'mps'"):
+        make(tuned.parameters(), backend="mps")
+
+
+@MAKERS
+def test_no_parameters_is_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match="empty parameter list"):
+        make([])

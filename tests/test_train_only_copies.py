@@ -1,0 +1,71 @@
+"""Copies of a masked model, of a part of it or of a compact parameter stand alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from copying import pickled, pickled_with_protocol_0, saved_by_torch
+from stepping import assert_state, same_bits, state_of
+from torch import nn
+from train_only_modules import built, mask_over_all, numbers, square_loss
+from train_only_net import compact, train, tuned_net
+
+import fishfast as ff
+
+COPIES = [copy.deepcopy, pickled, pickled_with_protocol_0, saved_by_torch]
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=lambda f: f.__name__)
+def test_copy_of_the_model_trains_alone(copied: Callable[[Any], Any]) -> None:
+    straight, original = tuned_net(), tuned_net()
+    train(straight.model, ff.AdamW(straight.parameters(), lr=0.1))
+    before = state_of(original.model)
+    other = copied(original.model)
+    assert type(other.conv).__name__ == "Conv2d"
+    assert isinstance(other.conv, nn.Conv2d)
+    assert other.again.weight_values is other.first.weight_values
+    assert other.again._parameters["weight"] is other.first._parameters["weight"]
+    train(other, ff.AdamW(compact(other), lr=0.1))
+    assert_state(other, state_of(straight.model))
+    assert_state(original.model, before)
+    assert all(p.grad is None for p in original.parameters())
+
+
+def test_copy_of_a_trained_lstm_trains_alone() -> None:
+    # nn.LSTM keeps references to its weights in a list.
+    model, data = built("lstm")
+    tuned = ff.train_only(model, mask_over_all(model))
+    other = copy.deepcopy(model)
+    before = state_of(model)
+    square_loss(data)(other).backward()
+    ff.SGD(compact(other), lr=0.1).step()
+    assert_state(model, before)
+    with torch.no_grad():
+        assert not torch.equal(other(data), model(data))
+    assert all(p.grad is None for p in tuned.parameters())
+
+
+@pytest.mark.parametrize("copied", [*COPIES, copy.copy], ids=lambda f: f.__name__)
+def test_copy_of_one_compact_parameter(copied: Callable[[Any], Any]) -> None:
+    tuned = tuned_net()
+    parameter = next(tuned.parameters())
+    other = copied(parameter)
+    assert type(other) is type(parameter)
+    assert other.requires_grad
+    assert same_bits(other, parameter)
+    assert torch.equal(other.target.indices, parameter.target.indices)
+    assert same_bits(other.target.gather(), parameter.target.gather())
+
+
+def test_copy_of_a_submodule() -> None:
+    tuned = tuned_net()
+    before = state_of(tuned.model)
+    other = copy.deepcopy(tuned.model.conv)
+    other(numbers(2, 3, 6, 6)).square().sum().backward()
+    ff.SGD(compact(other), lr=0.1).step()
+    assert not torch.equal(other.weight, tuned.model.conv.weight)
+    assert_state(tuned.model, before)

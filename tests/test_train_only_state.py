@@ -1,0 +1,161 @@
+"""The compact parameters survive moves and loads; the state_dict is the base's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from stepping import assert_state, same_bits, state_of
+from torch import nn
+from train_only_modules import mask_over_all, numbers
+from train_only_net import assert_masters_match, net, train, tuned_net
+
+import fishfast as ff
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.bfloat16(),
+        lambda m: m.half(),
+        lambda m: m.float(),
+        lambda m: m.to("cpu"),
+        lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: m.share_memory(),
+        lambda m: m.requires_grad_(True),
+        lambda m: m.train().eval().train(),
+    ],
+    ids=[
+        "to bf16",
+        "bfloat16",
+        "half",
+        "float",
+        "to cpu",
+        "channels_last",
+        "share",
+        "grad",
+        "mode",
+    ],
+)
+def test_moved_model_keeps_fp32_masters_and_trains(move: Callable[[nn.Module], Any]) -> None:
+    tuned = tuned_net()
+    optimizer = ff.SGD(tuned.parameters(), lr=0.1)
+    train(tuned.model, optimizer)
+    masters = [p.detach().clone() for p in tuned.parameters()]
+    assert all(p.grad is not None for p in tuned.parameters())
+    move(tuned.model)
+    assert len(list(tuned.parameters())) == len(masters)
+    for parameter, master in zip(tuned.parameters(), masters, strict=True):
+        assert same_bits(parameter, master)
+        assert parameter.grad.dtype == torch.float32
+    assert_masters_match(tuned.model)
+    train(tuned.model, optimizer)
+    assert_masters_match(tuned.model)
+    assert not same_bits(next(tuned.parameters()), masters[0])
+    for name, found in tuned.mask.items():
+        assert not len(found) or dict(tuned.model.named_parameters())[name].grad is None
+
+
+def test_parameters_of_the_model() -> None:
+    tuned = tuned_net()
+    trainable = [p for p in tuned.model.parameters() if p.requires_grad]
+    assert [id(p) for p in trainable] == [id(p) for p in tuned.parameters()]
+    assert sum(p.numel() for p in trainable) == tuned.num_selected == tuned.mask.num_selected
+    assert all(p.dtype == torch.float32 and p.dim() == 1 and p.is_leaf for p in trainable)
+    names = [name for name, _ in tuned.named_parameters()]
+    assert names == [
+        "conv.weight_values", "conv.bias_values", "norm.weight_values", "norm.bias_values",
+        "first.weight_values", "first.bias_values", "again.bias_values",
+    ]  # fmt: skip
+
+
+def test_state_dict_and_buffers_are_those_of_the_base() -> None:
+    plain, tuned = net(), tuned_net()
+    assert_state(tuned.model, plain.state_dict())
+    assert [n for n, _ in tuned.model.named_buffers()] == [n for n, _ in plain.named_buffers()]
+    assert repr(tuned.model) == repr(plain)
+    assert repr(tuned) == f"SparseTuning(Net, {tuned.mask!r})"
+
+
+def test_strict_load_of_a_base_checkpoint_takes_the_masters_along() -> None:
+    tuned = tuned_net()
+    base = state_of(tuned.model)
+    optimizer = ff.SGD(tuned.parameters(), lr=0.1)
+    train(tuned.model, optimizer)
+    assert not same_bits(tuned.model.state_dict()["conv.weight"], base["conv.weight"])
+    keys = tuned.model.load_state_dict(base, strict=True)
+    assert not keys.missing_keys
+    assert not keys.unexpected_keys
+    assert_masters_match(tuned.model)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()  # no gradient: writes the masters back
+    assert_state(tuned.model, base)
+
+
+def test_load_of_a_wrong_checkpoint_still_fails() -> None:
+    tuned = tuned_net()
+    base = state_of(tuned.model)
+    masters = [p.detach().clone() for p in tuned.parameters()]
+    with pytest.raises(RuntimeError, match="Unexpected key.*extra"):
+        tuned.model.load_state_dict({**base, "extra": torch.ones(1)})
+    del base["conv.weight"]
+    with pytest.raises(RuntimeError, match="Missing key.*conv.weight"):
+        tuned.model.load_state_dict(base)
+    assert all(same_bits(p, m) for p, m in zip(tuned.parameters(), masters, strict=True))
+
+
+def untied_net() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+
+
+def test_load_with_assign_is_noticed() -> None:
+    model = untied_net()
+    tuned = ff.train_only(model, mask_over_all(model))
+    optimizer = ff.SGD(tuned.parameters(), lr=0.1)
+    base = state_of(model)
+    train(model, optimizer)
+    model.load_state_dict({n: t.clone() for n, t in base.items()}, assign=True)
+    assert_masters_match(model)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    expected = {n: t for n, t in base.items() if "running" not in n and "num_b" not in n}
+    for name, tensor in expected.items():
+        assert same_bits(model.state_dict()[name], tensor), name
+    before = state_of(model)
+    train(model, optimizer)  # the assigned tensors are the ones that are trained
+    assert not same_bits(model.state_dict()["0.weight"], before["0.weight"])
+    assert_masters_match(model)
+
+
+def test_load_with_assign_of_a_tied_weight_is_refused_by_name() -> None:
+    tuned = tuned_net()
+    optimizer = ff.SGD(tuned.parameters(), lr=0.1)
+    train(tuned.model, optimizer)
+    base = state_of(net())
+    tuned.model.load_state_dict(copy.deepcopy(base), assign=True)
+    with pytest.raises(RuntimeError, match="tied weight 'weight'.* was untied after train_only"):
+        train(tuned.model, optimizer)
+    # Tied again, it trains on from the loaded weights, not from the masters of before.
+    with torch.no_grad():
+        tuned.model.again.weight = tuned.model.first.weight
+    for parameter in tuned.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ff.SGD(tuned.parameters(), lr=0.1).step()
+    for name in ("conv.weight", "first.weight", "again.weight"):
+        assert same_bits(tuned.model.state_dict()[name], base[name]), name
+
+
+def test_weight_replaced_by_hand_is_followed() -> None:
+    model = nn.Linear(4, 3)
+    tuned = ff.train_only(model, mask_over_all(model))
+    other = numbers(3, 4, seed=3)
+    model.weight = nn.Parameter(other.clone(), requires_grad=False)
+    for parameter in tuned.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ff.SGD(tuned.parameters(), lr=0.1).step()
+    assert same_bits(model.state_dict()["weight"], other)
