@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent
 NO_COMPILER = """
 ************************************************************************************************
 * fishfast: NO C++ COMPILER FOUND (looked for $CXX, c++, g++, clang++).                         *
-* Installing the PURE PYTHON package: same results, but the mask and the optimizer step are     *
-* several times slower. Install g++ and reinstall to get the compiled extension.                *
+* Installing the PURE PYTHON package: same masks, same steps to an ulp, but several times        *
+* slower. Install g++ and reinstall to get the compiled extension.                              *
 ************************************************************************************************
 """
 

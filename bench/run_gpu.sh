@@ -10,8 +10,7 @@ cd "$(dirname "$0")/.."
 mkdir -p "$out"
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && python=.venv/bin/python
-# Without TF32 and with one allocator setting, a figure means the same on every machine.
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 # so that the log is whole when a time limit ends the run
 
 arch=$("$python" -c '
 import torch

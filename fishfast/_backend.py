@@ -65,7 +65,7 @@ def choose(operation: str, device: torch.device, backend: str = "auto") -> str:
 def _warn_once(reason: str, wanted: str, chosen: str) -> None:
     warnings.warn(
         f"fishfast: the {wanted!r} backend is not available ({reason}); {chosen!r} runs instead, "
-        "with the same results but slower. See fishfast.build_info().",
+        "with the same masks and steps to an ulp, but slower. See fishfast.build_info().",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["PathLike", "check_indices", "read_checked", "write_atomically"]
+__all__ = [
+    "PathLike",
+    "check_indices",
+    "raw_bytes",
+    "read_checked",
+    "refuse_damaged",
+    "write_atomically",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -24,22 +33,31 @@ def write_atomically(
 ) -> None:
     """Write a safetensors file so that a kill at any moment leaves the old file or the new one.
 
-    Temporary file in the same folder, fsync, rename over the target, fsync of the folder.
+    Temporary file in the same folder, fsync, rename over the target, fsync of the folder. A link is
+    followed, and an existing file's mode is kept. A kill may leave the temporary file behind.
 
     Args:
         path: target; its folder must exist.
         tensors: any devices; written contiguous.
-        metadata: the header's string entries.
+        metadata: the header's string entries; ``sha256`` over all tensors is added.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the target exists and is no regular file.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{os.fspath(path)!r} must be a regular file or not exist")
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    handle, temporary = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
-    )
+    temporary = target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
     try:
-        os.close(handle)
-        save_file(ready, temporary, metadata)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner only
+        # Created here to learn the mode that the umask gives; the library's own is 0600.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
+        save_file(ready, temporary, {**metadata, "sha256": _sha256(ready)})
+        os.chmod(temporary, mode)
         _fsync(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except BaseException:
@@ -49,10 +67,21 @@ def write_atomically(
     _fsync(target.parent, os.O_RDONLY)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names and bytes, so that one flipped bit or a missing tensor is noticed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a CPU tensor in row-major order."""
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:  # one element of a strided tensor counts as contiguous, not as bytes
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _fsync(path: PathLike, flags: int) -> None:
@@ -98,6 +127,25 @@ def read_checked(
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+
+
+def refuse_damaged(
+    path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Refuse a file whose tensors are not, bit for bit, those that were written.
+
+    Comes after the checks that can say what is wrong.
+
+    Args:
+        path: the file, for the message.
+        tensors: all of its tensors.
+        metadata: its metadata.
+
+    Raises:
+        ValueError: a checksum that is missing or does not match.
+    """
+    if metadata.get("sha256") != _sha256(tensors):
+        raise ValueError(f"{os.fspath(path)!r} does not match its checksum: the file is damaged")
 
 
 def _refuse_duplicate_names(path: Path) -> None:

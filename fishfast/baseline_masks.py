@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -25,6 +26,7 @@ def magnitude_scores(model: nn.Module) -> dict[str, Tensor]:
         Name -> absolute values, in the parameter's shape and dtype.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: the model has no trainable parameter.
 
     Example:
@@ -49,17 +51,20 @@ def random_mask(
 
     Args:
         model: any module; frozen parameters are left out.
-        seed: the same seed gives the same mask.
+        seed: a whole number >= 0; the same seed gives the same mask.
         density: as in `top_k_mask`.
         k: as in `top_k_mask`.
-        keep: as in `top_k_mask`: always in the mask and charged to k.
+        keep: as in `top_k_mask`: always in the mask and charged to k. A tied weight goes by any of
+            its names.
         exclude: as in `top_k_mask`.
 
     Returns:
         A `SparseMask` on the CPU.
 
     Raises:
-        ValueError: as `top_k_mask` for ``density``, ``k``, ``keep`` and ``exclude``.
+        TypeError: ``model`` is not a module, ``seed`` not an integer, or as `top_k_mask`.
+        ValueError: ``seed`` below 0, or as `top_k_mask` for ``density``, ``k``, ``keep`` and
+            ``exclude``.
 
     Example:
         >>> import torch, fishfast as ff
@@ -67,10 +72,16 @@ def random_mask(
         10
     """
     sizes, shapes = _sizes(model)
-    kept, eligible = split_by_rule(list(sizes), keep, exclude)
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an integer; got {seed!r}")
+    if operator.index(seed) < 0:
+        raise ValueError(f"seed must be at least 0; got {seed}")
+    kept, eligible = split_by_rule(list(sizes), keep, exclude, _aliases(model))
     left = budget(sizes, kept, eligible, density=density, k=k)
     starts = np.cumsum([0] + [sizes[name] for name in eligible])
-    chosen = _sample_without_replacement(int(starts[-1]), left, np.random.default_rng(seed))
+    chosen = _sample_without_replacement(
+        int(starts[-1]), left, np.random.default_rng(operator.index(seed))
+    )
     bounds = np.searchsorted(chosen, starts)
     indices = everything_of(kept, sizes, torch.device("cpu"))
     for position, name in enumerate(eligible):
@@ -89,13 +100,14 @@ def bias_mask(
 
     Args:
         model: any module; frozen parameters are left out.
-        keep: also in the mask, as in `top_k_mask`.
-        exclude: never in the mask, as in `top_k_mask`.
+        keep: also in the mask, as in `random_mask`.
+        exclude: never in the mask, as in `random_mask`.
 
     Returns:
         A `SparseMask` on the CPU.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: the model has no bias to select, or an entry that matches nothing.
 
     Example:
@@ -104,7 +116,7 @@ def bias_mask(
         3
     """
     sizes, shapes = _sizes(model)
-    kept, eligible = split_by_rule(list(sizes), keep, exclude)
+    kept, eligible = split_by_rule(list(sizes), keep, exclude, _aliases(model))
     biases = [name for name in eligible if _is_bias(name)]
     if not any(map(_is_bias, [*kept, *biases])):
         raise ValueError("model must have a bias that is not excluded; got none")
@@ -117,6 +129,8 @@ def _is_bias(name: str) -> bool:
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
@@ -132,6 +146,13 @@ def _sizes(model: nn.Module) -> tuple[Mapping[str, int], dict[str, tuple[int, ..
         {name: p.numel() for name, p in parameters.items()},
         {name: tuple(p.shape) for name, p in parameters.items()},
     )
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return the further names of tied parameters -> the first name, which the mask has."""
+    first = {id(p): name for name, p in _trainable(model).items()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in every if p.requires_grad and name != first[id(p)]}
 
 
 def _sample_without_replacement(n: int, k: int, rng: np.random.Generator) -> np.ndarray:

@@ -35,20 +35,28 @@ class Target:
 
     def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor) -> None:
         self.owners = owners
-        self.indices = indices.contiguous()  # the compiled step reads them by address
-        self.followed: Tensor | None = None  # the weight that the masters were taken from
+        # The compiled step reads them by address, so they are nobody else's to change.
+        self.indices = indices.clone(memory_format=torch.contiguous_format)
+        module, name = owners[0]
+        self.shape = module._parameters[name].shape  # type: ignore[union-attr]
+        self._seen: tuple[Tensor, int] | None = None  # the weight and its version at that time
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
 
     def weight(self) -> Tensor:
         """Return the weight as the module holds it now.
 
         Raises:
-            RuntimeError: a tied weight whose owners hold different tensors now.
+            RuntimeError: a weight that is gone, has another shape now, or is tied and its owners
+                hold different tensors now.
         """
         module, name = self.owners[0]
         weight = module._parameters[name]
-        if weight is None:
-            raise RuntimeError(f"the masked parameter {name!r} of {type(module).__name__} is gone")
+        if weight is None or weight.shape != self.shape:
+            got = "gone" if weight is None else f"of shape {tuple(weight.shape)} now"
+            raise RuntimeError(
+                f"the masked parameter {name!r} of {type(module).__name__} had shape "
+                f"{tuple(self.shape)} in train_only and is {got}; release() before changing it"
+            )
         if not self.is_whole():
             raise RuntimeError(
                 f"the tied weight {name!r} was untied after train_only (load_state_dict with "
@@ -75,6 +83,16 @@ class Target:
             self._offsets = (weight.stride(), torch.as_tensor(offsets))
         return self._offsets[1].to(weight.device)
 
+    def mark_seen(self) -> None:
+        """Remember the weight as it is: the masters agree with it."""
+        weight = self.weight()
+        self._seen = weight, weight._version
+
+    def changed(self) -> bool:
+        """Return whether the weight was replaced or written to since `mark_seen`."""
+        weight = self.weight()
+        return self._seen is None or self._seen[0] is not weight or self._seen[1] != weight._version
+
     def gather(self) -> Tensor:
         """Return the selected weights, in the weight's dtype."""
         return self.weight().detach().flatten().index_select(0, self.indices)
@@ -84,6 +102,7 @@ class Target:
         weight = self.weight().detach()
         storage = weight.as_strided((_extent(weight),), (1,))
         storage.index_copy_(0, self.offsets().long(), values.detach().to(weight.dtype))
+        self.mark_seen()
 
 
 def _extent(tensor: Tensor) -> int:
@@ -113,11 +132,11 @@ class CompactParameter(nn.Parameter):
             weights = self.target.gather()
             agree = self.detach().to(weights.dtype) == weights
             self.copy_(torch.where(agree, self, weights.float()))
-        self.target.followed = self.target.weight()
+        self.target.mark_seen()
 
     def follow_(self) -> None:
-        """Take over a weight that was replaced by another tensor, such as by tying it again."""
-        if self.target.followed is not self.target.weight():
+        """Take over a weight that was replaced or written to, such as by ``nn.init.zeros_``."""
+        if self.target.changed():
             self.refresh_()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactParameter:
@@ -193,8 +212,10 @@ class _TappedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the base model's keys only."""
-        base_save = super()._save_to_state_dict
-        self._without_compact(lambda: base_save(destination, prefix, keep_vars))
+        # Taken out of the result, not out of the module: another thread may be training it.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._masked:
+            destination.pop(prefix + name + VALUES_SUFFIX, None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load the base model's keys and take over what they changed."""
@@ -227,7 +248,7 @@ def _tapped_property(name: str) -> property:
     def read(module: Any) -> Any:
         weight = module._parameters[name]
         values = module._parameters.get(values_name)
-        if values is None or not (torch.is_grad_enabled() and values.requires_grad):
+        if values is None or not torch.is_grad_enabled():
             return weight
         return _GradientTap.apply(weight, values, module._masked[name].indices)
 
@@ -270,7 +291,7 @@ def tap(target: Target) -> CompactParameter:
         The compact parameter, on every owner under the weight's name + ``_values``.
     """
     values = CompactParameter(target.gather().float(), target)
-    target.followed = target.weight()
+    target.mark_seen()
     for module, name in target.owners:
         tapped = isinstance(module, _TappedModule)
         base: Any = _base_class(module) if tapped else type(module)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fishfast._files import PathLike, read_checked, write_atomically
-from fishfast.base_identity import BaseIdentity, structure_hash
+from fishfast._files import PathLike, read_checked, refuse_damaged, write_atomically
+from fishfast.base_identity import BaseIdentity
 from fishfast.compact import Target, compact_parameters
 from fishfast.mask import SparseMask
 from fishfast.train_only import SparseTuning
@@ -50,10 +50,17 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> None:
     if not isinstance(tuned, SparseTuning):
         raise TypeError(f"tuned must be what train_only returned; got {type(tuned).__name__}")
     model, mask = tuned.model, tuned.mask
-    if structure_hash(model) != tuned.base.structure:
+    now = BaseIdentity.of(model, mask)
+    if now.structure != tuned.base.structure:
         raise RuntimeError(
-            "the model's names, shapes, dtypes or ties changed since train_only, so the delta "
-            "would fit no base; change the model before train_only"
+            "the model's dtypes, shapes or ties changed since train_only, so the delta would fit "
+            "no base; convert the model before train_only"
+        )
+    if now.weights != tuned.base.weights:
+        raise RuntimeError(
+            "weights outside the mask changed since train_only, so the delta would not give this "
+            "model again; put what else is trained into the mask (keep=), or, if another base "
+            "checkpoint was loaded, call tuned.rebase() right after loading it"
         )
     for name, parameter in compact_parameters(model):
         weights = parameter.target.gather()
@@ -69,16 +76,18 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> None:
         _refuse_non_finite(name, values, "the trained model")
         tensors[_INDICES + name] = mask[name]
         tensors[_VALUES + name] = values
-    for name, buffer in tuned.base.changed_buffers(model).items():
-        _refuse_non_finite(name, buffer, "the trained model")
-        tensors[_BUFFER + name] = buffer.clone()  # safetensors refuses tensors that share memory
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    changed = [name for name, digest in now.buffers.items() if digest != tuned.base.buffers[name]]
+    for name in changed:
+        _refuse_non_finite(name, buffers[name], "the trained model")
+        tensors[_BUFFER + name] = buffers[name].clone()  # buffers may overlap in memory
     metadata = {
         "format": _FORMAT,
         "format_version": str(_VERSION),
         "shapes": json.dumps(mask.shapes),
         "mask_fingerprint": mask.fingerprint,
         "base_structure": tuned.base.structure,
-        "base_content": tuned.base.content,
+        "base_content": tuned.base.content(changed),
     }
     write_atomically(path, tensors, metadata)
 
@@ -133,6 +142,7 @@ def load_delta(path: PathLike) -> Delta:
         raise ValueError(f"{source}: {error}") from error
     if mask.fingerprint != fingerprint:
         raise ValueError(f"{source} does not match its fingerprint: the file is damaged")
+    refuse_damaged(path, tensors, metadata)
     return Delta(mask, values, parts[_BUFFER], structure, content)
 
 
@@ -144,7 +154,7 @@ class Delta:
         values: name -> their absolute values, in the order of the mask's indices.
         buffers: name -> buffers that training changed.
         base_structure: hash of the base's names, shapes and dtypes.
-        base_content: hash of the base's values.
+        base_content: hash of the base's values that the delta does not replace.
     """
 
     def __init__(
@@ -236,7 +246,7 @@ class Delta:
                     f"the delta must fit the model; {name!r} is {self.values[name].dtype} in the "
                     f"delta and {target.weight().dtype} in the model"
                 )
-        present = dict(model.named_buffers())
+        present = dict(model.named_buffers(remove_duplicate=False))
         for name, saved in self.buffers.items():
             buffer = present.get(name)
             if buffer is None or buffer.shape != saved.shape or buffer.dtype != saved.dtype:
@@ -250,7 +260,7 @@ class Delta:
         found = BaseIdentity.of(model, self.mask)
         for what, expected, got in (
             ("names, shapes, dtypes or ties", self.base_structure, found.structure),
-            ("weights or buffers", self.base_content, found.content),
+            ("weights or buffers", self.base_content, found.content(self.buffers)),
         ):
             if expected != got:
                 raise ValueError(

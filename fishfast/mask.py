@@ -15,7 +15,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fishfast._files import PathLike, check_indices, read_checked, write_atomically
+from fishfast._files import (
+    PathLike,
+    check_indices,
+    read_checked,
+    refuse_damaged,
+    write_atomically,
+)
 
 __all__ = ["SparseMask"]
 
@@ -30,7 +36,7 @@ class SparseMask(Mapping[str, Tensor]):
     parameter's shape. Masks are equal when they select the same weights of the same shapes.
 
     Args:
-        indices: name -> ascending, unique flat indices.
+        indices: name -> ascending, unique flat indices; copied.
         shapes: name -> shape of the parameter, for every scored parameter.
         num_zero_score: how many of the selected weights had score 0, where that is known.
 
@@ -65,7 +71,7 @@ class SparseMask(Mapping[str, Tensor]):
         for name, shape in self.shapes.items():
             found = indices.get(name, torch.empty(0, dtype=torch.int32))
             check_indices(name, found, prod(shape), "mask")
-            self._indices[name] = found.to(index_dtype(prod(shape)))
+            self._indices[name] = found.to(index_dtype(prod(shape)), copy=True)
         self.num_zero_score = num_zero_score
 
     def __getitem__(self, name: str) -> Tensor:
@@ -174,6 +180,7 @@ class SparseMask(Mapping[str, Tensor]):
             raise ValueError(
                 f"{os.fspath(path)!r} does not match its fingerprint: the file is damaged"
             )
+        refuse_damaged(path, tensors, metadata)
         return mask
 
     def check_fits(self, model: nn.Module) -> None:

@@ -90,6 +90,8 @@ class AdamW(SparseOptimizer):
         ):
             if not ok:
                 raise ValueError(f"{name} must be at least 0; got {value}")
+        if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+            raise TypeError(f"betas must be a pair of numbers; got {betas!r}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1); got {betas}")
         defaults = {

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fishfast import _backend
 from fishfast.compact import CompactParameter, Target
+from fishfast.masters import add_masters, parameters_in_order, take_masters
 
 __all__ = ["TARGET_DTYPE", "SparseOptimizer", "Update", "fill_targets"]
 
@@ -95,6 +96,11 @@ class SparseOptimizer(Optimizer):
         self, params: Iterable[Any], defaults: dict[str, Any], backend: str = "auto"
     ) -> None:
         self._backend = backend
+        if hasattr(params, "parameters"):
+            raise TypeError(
+                f"params must be an iterable of parameters; got a {type(params).__name__}; "
+                "pass its .parameters()"
+            )
         super().__init__(params, defaults)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -167,6 +173,9 @@ class SparseOptimizer(Optimizer):
                 # Raw pointers do not tell autograd that these changed.
                 written = [t for update in batch for t in (update.values, update.weight)]
                 torch.autograd.graph.increment_version([t for t in written if t is not None])
+                for update in batch:
+                    if update.target is not None:
+                        update.target.mark_seen()
         return loss
 
     def _advance(self, updates: list[Update]) -> None:
@@ -189,14 +198,7 @@ class SparseOptimizer(Optimizer):
             compact parameters, and theirs loads here.
         """
         saved = super().state_dict()
-        for index, parameter in enumerate(self._parameters_in_order()):
-            target = getattr(parameter, "target", None)
-            if target is None or target.weight().dtype == torch.float32:
-                continue
-            # A master alone would be half a state to torch, so an untrained one is left out.
-            entry = saved["state"].get(index, {})
-            if entry or not torch.equal(parameter.detach(), target.gather().float()):
-                saved["state"][index] = {**entry, "master": parameter.detach()}
+        add_masters(self, saved)
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -212,21 +214,17 @@ class SparseOptimizer(Optimizer):
         """
         self._refuse_other_shapes(state_dict)
         super().load_state_dict(state_dict)
-        for parameter in self._parameters_in_order():
+        for parameter in parameters_in_order(self):
             state = self.state.get(parameter, {})
             for name, value in state.items():
                 if isinstance(value, Tensor):  # torch's state has its parameter's strides
                     state[name] = value.contiguous()
-            master = state.pop("master", None)
-            if master is not None and isinstance(parameter, CompactParameter):
-                with torch.no_grad():
-                    parameter.copy_(master)
-                parameter.refresh_()
+        take_masters(self)
 
     def _refuse_other_shapes(self, state_dict: dict[str, Any]) -> None:
         """The compiled step trusts that state is as long as its parameter."""
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        for index, parameter in zip(saved, self._parameters_in_order(), strict=False):
+        for index, parameter in zip(saved, parameters_in_order(self), strict=False):
             for name, value in state_dict["state"].get(index, {}).items():
                 if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
                     raise ValueError(
@@ -234,9 +232,6 @@ class SparseOptimizer(Optimizer):
                         f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}; "
                         "was it saved with another mask?"
                     )
-
-    def _parameters_in_order(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
 
 
 def fill_targets(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:

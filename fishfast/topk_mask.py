@@ -46,7 +46,8 @@ def top_k_mask(
             is at least 1.
         k: number of weights; give either ``density`` or ``k``.
         keep: parameters that are always in the mask, and charged to k: module or parameter paths
-            ("classifier") or globs on full names ("*.bias").
+            ("classifier") or globs on full names ("*.bias"). A tied weight goes by the name that
+            it has in ``scores``.
         exclude: parameters that are never in the mask; they still count in n.
         scope: ``"global"``, or ``"layer"``: every parameter tensor gets the same share of the
             budget that ``keep`` leaves, to a weight by largest remainder.
@@ -57,8 +58,8 @@ def top_k_mask(
         and ``num_zero_score`` counts them.
 
     Raises:
-        TypeError: scores that are not dense tensors of a dtype above, ``density`` or ``k`` that is
-            not a number.
+        TypeError: scores that are not a mapping to dense tensors of a dtype above, ``density`` or
+            ``k`` that is not a number, ``keep`` or ``exclude`` that is no string or iterable.
         ValueError: NaN or negative scores (in kept and excluded parameters too), scores on several
             devices, ``density`` or ``k`` out of range, both or neither, k smaller than the kept
             part, an entry that matches nothing.
@@ -166,6 +167,11 @@ def everything_of(
 
 
 def _check_scores(scores: Mapping[str, Tensor]) -> torch.device:
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            f"scores must be a mapping of names to tensors; got {type(scores).__name__}; "
+            "estimate_fisher and magnitude_scores return one"
+        )
     if not scores:
         raise ValueError("scores must cover at least one weight; got an empty mapping")
     for name, score in scores.items():

@@ -19,10 +19,23 @@ from fishfast.compact import (
     untap,
 )
 from fishfast.mask import SparseMask
+from fishfast.masters import add_masters, parameters_in_order, take_masters
 
-__all__ = ["SparseTuning", "train_only"]
+__all__ = ["Attachment", "SparseTuning", "train_only"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Attachment:
+    """What `SparseTuning.attach` added to an optimizer."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take it off again."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class SparseTuning:
@@ -57,9 +70,10 @@ class SparseTuning:
     def __repr__(self) -> str:
         return f"SparseTuning({type(self.model).__name__}, {self.mask!r})"
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+    def attach(self, optimizer: Optimizer) -> Attachment:
         """Make any torch optimizer write the trained values into the weights after each step.
 
+        Its state dict gets the fp32 masters of bf16 and fp16 weights, so that it resumes exactly.
         `fishfast.AdamW` and `fishfast.SGD` do so themselves, in the same launch as the update.
 
         Args:
@@ -69,6 +83,7 @@ class SparseTuning:
             A handle whose ``remove()`` undoes this.
 
         Raises:
+            TypeError: not a torch optimizer.
             ValueError: the optimizer holds none of the compact parameters.
 
         Example:
@@ -78,19 +93,40 @@ class SparseTuning:
             >>> optimizer = torch.optim.RMSprop(tuned.parameters())
             >>> handle = tuned.attach(optimizer)
         """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch optimizer; got {type(optimizer).__name__}")
         own = {id(parameter) for parameter in self.parameters()}
-        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
-        if not held:
+
+        def held() -> list[CompactParameter]:
+            return [p for p in parameters_in_order(optimizer) if id(p) in own]  # type: ignore[misc]
+
+        if not held():
             raise ValueError(
                 "optimizer must hold compact parameters of this model; got none of them; make it "
                 "with tuned.parameters()"
             )
 
+        def follow(*_: object) -> None:
+            for parameter in held():
+                parameter.follow_()
+
         def write_back(*_: object) -> None:
-            for parameter in held:
+            for parameter in held():
                 parameter.target.scatter_(parameter)
 
-        return optimizer.register_step_post_hook(write_back)
+        return Attachment(
+            optimizer.register_step_pre_hook(follow),
+            optimizer.register_step_post_hook(write_back),
+            optimizer.register_state_dict_post_hook(add_masters),
+            optimizer.register_load_state_dict_post_hook(take_masters),
+        )
+
+    def rebase(self) -> None:
+        """Take the model's present state as the base that deltas name.
+
+        Call it after loading another base checkpoint into a tuned model, before training goes on.
+        """
+        self.base = BaseIdentity.of(self.model, self.mask)
 
     def release(self) -> nn.Module:
         """Give the plain module back: trained weights in place, requires_grad as it was."""
@@ -187,6 +223,10 @@ def _check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(
             f"masked weights must be float32, bfloat16 or float16; got {weight.dtype} for "
             f"{name!r}; masters are fp32 and could not hold it"
+        )
+    if weight.is_inference():
+        raise ValueError(
+            f"masked weights must not be made in inference mode; {name!r} was; clone the model"
         )
     if weight.device.type == "meta":
         raise ValueError(f"masked weights must have memory; {name!r} is on the meta device")

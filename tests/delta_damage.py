@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 Header = dict[str, Any]
 
@@ -161,3 +163,20 @@ def append(path: Path) -> None:
 
 def content(raw: bytes) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(raw)
+
+
+def signed(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Return a change that leaves a file whose checksum is right."""
+
+    def change_and_sign(path: Path) -> None:
+        change(path)
+        header, data = take_apart(path)
+        digest = hashlib.sha256()
+        for name, entry in sorted((n, e) for n, e in header.items() if n != "__metadata__"):
+            dtype = str(load_file(path)[name].dtype)
+            digest.update(json.dumps([name, dtype, entry["shape"]]).encode())
+            digest.update(data[slice(*entry["data_offsets"])])
+        header["__metadata__"]["sha256"] = digest.hexdigest()
+        put_together(path, header, data)
+
+    return change_and_sign

@@ -182,6 +182,40 @@ def test_random_mask_refuses_what_top_k_mask_refuses(arguments, text):
         ff.random_mask(small_model(), seed=0, **arguments)
 
 
+def tied_model():
+    """The head's weight is the embedding's, and goes by that name."""
+    model = nn.Module()
+    model.emb, model.body, model.head = nn.Embedding(3, 2), nn.Linear(2, 2), nn.Linear(2, 3)
+    model.head.weight = model.emb.weight
+    return model
+
+
+@pytest.mark.parametrize("entry", ["head", "head.weight", "emb", "head.*"])
+def test_a_tied_weight_goes_by_any_of_its_names(entry):
+    for mask in (
+        ff.random_mask(tied_model(), k=10, seed=0, keep=entry),
+        ff.bias_mask(tied_model(), keep=entry),
+    ):
+        assert mask["emb.weight"].tolist() == list(range(6))
+        assert "head.weight" not in mask
+    mask = ff.random_mask(tied_model(), k=4, seed=0, exclude=[entry])
+    assert len(mask["emb.weight"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "text"),
+    [
+        (None, TypeError, "seed must be an integer; got None"),
+        ("a", TypeError, "seed must be an integer; got 'a'"),
+        (True, TypeError, "seed must be an integer; got True"),
+        (-1, ValueError, "seed must be at least 0; got -1"),
+    ],
+)
+def test_seeds_that_are_none_are_refused(seed, error, text):
+    with pytest.raises(error, match=text):
+        ff.random_mask(small_model(), k=3, seed=seed)
+
+
 # ---- bias ---------------------------------------------------------------------------------------
 
 
@@ -248,3 +282,17 @@ def test_bias_mask_refuses_a_model_without_a_bias(model, rules):
 def test_models_without_trainable_parameters_are_refused(make, model):
     with pytest.raises(ValueError, match="must have parameters with requires_grad=True"):
         make(model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ff.magnitude_scores,
+        ff.bias_mask,
+        lambda model: ff.random_mask(model, k=1, seed=0),
+    ],
+    ids=["magnitude", "bias", "random"],
+)
+def test_what_is_no_module_is_refused(make):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module; got dict"):
+        make(dict(small_model().named_parameters()))

@@ -22,8 +22,10 @@ from delta_damage import (
     repeat_first_index,
     set_index,
     set_value,
+    signed,
     split_last_value,
     swap_indices,
+    take_apart,
     truncate,
 )
 from delta_net import Net
@@ -133,12 +135,34 @@ MISFITS: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_entry("values/conv.weight", dtype="I32"),
         "values must be floating",
     ),
-    "unknown buffer": (add_tensor("buffer/norm.more"), "it sets the buffer 'norm.more'"),
+    "unknown buffer": (signed(add_tensor("buffer/norm.more")), "it sets the buffer 'norm.more'"),
     "buffer of another shape": (
-        edit_entry("buffer/norm.running_mean", shape=[2, 2]),
+        signed(edit_entry("buffer/norm.running_mean", shape=[2, 2])),
         "it sets the buffer 'norm.running_mean'",
     ),
 }
+
+
+def test_one_flipped_bit_is_noticed(path: Path) -> None:
+    """Anywhere in the data: indices, values and buffers."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for position in range(start, len(content), 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged|must|are not|reach|finite"):
+            ff.load_delta(path)
+
+
+def test_a_missing_buffer_is_noticed(path: Path) -> None:
+    header, data = take_apart(path)
+    key = max((k for k in header if k != "__metadata__"), key=lambda k: header[k]["data_offsets"])
+    assert key.startswith(("buffer/", "values/", "indices/"))
+    start, _ = header.pop(key)["data_offsets"]
+    put_together(path, header, data[:start])
+    with pytest.raises(ValueError, match="damaged|only one of them"):
+        ff.load_delta(path)
 
 
 @pytest.mark.parametrize("name", MISFITS)

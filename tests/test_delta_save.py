@@ -16,6 +16,7 @@ import torch
 from delta_damage import take_apart
 from delta_net import Net, images, mask_with_head, train, trained
 from safetensors import safe_open
+from stepping import assert_state, state_of
 
 import fishfast as ff
 from fishfast import _files
@@ -129,9 +130,35 @@ def test_missing_folder_is_named(tuned: ff.SparseTuning, tmp_path: Path) -> None
 
 def test_target_that_is_a_folder(tuned: ff.SparseTuning, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(ValueError, match="must be a regular file or not exist"):
         ff.save_delta(tuned, tmp_path / "d")
     assert os.listdir(tmp_path) == ["d"]
+
+
+def test_target_that_is_a_pipe_stays_one(tuned: ff.SparseTuning, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "d")
+    with pytest.raises(ValueError, match="must be a regular file or not exist"):
+        ff.save_delta(tuned, tmp_path / "d")
+    assert (tmp_path / "d").is_fifo()
+
+
+def test_a_link_is_followed(tuned: ff.SparseTuning, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "d")
+    ff.save_delta(tuned, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert ff.load_delta(tmp_path / "real" / "d").num_selected == tuned.num_selected
+
+
+def test_mode_of_an_existing_file_is_kept(tuned: ff.SparseTuning, tmp_path: Path) -> None:
+    (tmp_path / "d").touch(mode=0o600)
+    ff.save_delta(tuned, tmp_path / "d")
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o600
+
+
+def test_longest_file_name(tuned: ff.SparseTuning, tmp_path: Path) -> None:
+    ff.save_delta(tuned, tmp_path / ("d" * 255))
+    assert len(os.listdir(tmp_path)) == 1
 
 
 # --- the old file or the new one, whole ---
@@ -256,10 +283,15 @@ def loop():
         for tuned in tunings:
             ff.save_delta(tuned, target)
 
+start = time.perf_counter()
+for tuned in tunings:
+    ff.save_delta(tuned, target)
+window = 2 * (time.perf_counter() - start)  # four saves: kills fall into each, on any machine
+
 random.seed(0)
 seen = set()
 for _ in range(int(sys.argv[2])):
-    run(loop, delay=random.uniform(0.0, 0.06))
+    run(loop, delay=random.uniform(0.0, window))
     found = ff.load_delta(target).num_selected
     assert found in whole, found
     seen.add(found)
@@ -276,3 +308,50 @@ def test_kill_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path: Path) -
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "killed 10 [200000, 300000]\n"
+
+
+# --- a delta that would not give the model again ---
+
+
+def test_weights_trained_outside_the_mask_are_refused(tmp_path: Path) -> None:
+    model = Net()
+    mask = ff.random_mask(model, density=0.3, seed=0, exclude=["head"])
+    tuned = ff.train_only(model, mask)
+    model.head.weight.requires_grad_(True)
+    optimizer = ff.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(images()).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="weights outside the mask changed since train_only"):
+        ff.save_delta(tuned, tmp_path / "d")
+    assert not os.listdir(tmp_path)
+
+
+def test_base_loaded_after_train_only_is_named_by_rebase(tmp_path: Path) -> None:
+    pretrained = Net(head_seed=1)
+    with torch.no_grad():
+        for parameter in pretrained.parameters():
+            parameter.mul_(1.5)
+    model = Net()
+    tuned = ff.train_only(model, mask_with_head(model))
+    model.load_state_dict(pretrained.state_dict())
+    with pytest.raises(RuntimeError, match=r"call tuned\.rebase\(\)"):
+        ff.save_delta(tuned, tmp_path / "d")
+    tuned.rebase()
+    train(tuned)
+    ff.save_delta(tuned, tmp_path / "d")
+    with pytest.raises(ValueError, match="another base model"):
+        ff.load_delta(tmp_path / "d").apply_(Net())
+    ff.load_delta(tmp_path / "d").apply_(pretrained)
+    assert_state(pretrained, state_of(model))
+
+
+def test_resuming_from_a_trained_checkpoint_names_the_same_base(tmp_path: Path) -> None:
+    model = trained().model
+    resumed = Net()
+    resumed.load_state_dict(model.state_dict())
+    tuned = ff.train_only(resumed, mask_with_head(Net()))
+    train(tuned)
+    ff.save_delta(tuned, tmp_path / "d")
+    base = Net()
+    ff.load_delta(tmp_path / "d").apply_(base)
+    assert_state(base, state_of(resumed))

@@ -20,7 +20,6 @@ from fisher_checks import (
 )
 from models import CASES, HUGGINGFACE, classify
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fishfast as ff
 
@@ -122,21 +121,6 @@ def test_time_first_batches_with_more_samples_than_steps_are_not_taken_for_token
 
 def only_first(batch, b):
     return batch if b == 0 else None
-
-
-def test_a_reentrant_checkpoint_is_not_scored_zero():
-    """Its inner graph is hidden from the audit, and from torch.autograd.grad itself."""
-
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
-
-        def forward(self, x):
-            return self.head(checkpoint(self.inner, self.first(x), use_reentrant=True))
-
-    with pytest.raises(RuntimeError, match="use_reentrant=True"):
-        ff.estimate_fisher(Hidden(), [BATCH], loss_fn=classify)
 
 
 def test_a_gradient_penalty_is_exact():

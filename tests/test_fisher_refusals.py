@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fisher_checks import BATCH, assert_same_state, decorated, state_of
 from models import classify
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fishfast as ff
 
@@ -31,6 +32,11 @@ def overflowing_gradients(model, batch):
 def mean_expanded(model, batch):
     losses = classify(model, batch)
     return losses.mean().expand(len(losses))
+
+
+def mean_repeated(model, batch):
+    losses = classify(model, batch)
+    return losses.mean().repeat(len(losses))
 
 
 def contrastive(model, batch):
@@ -70,11 +76,14 @@ def history(model, batch):
         (lambda m, b: classify(m, b) / 0, "must return finite losses; got inf for sample 0"),
         (infinite_gradients, "the scores of '0.weight' are not finite: a sample's gradient is NaN"),
         (overflowing_gradients, "scores of '0.weight' are not finite: .* above 1.8e19"),
-        (mean_expanded, "losses that depend on one sample each; .* in every layer"),
-        (contrastive, "losses that depend on one sample each; .* in every layer"),
-        (neighbours, "losses that depend on one sample each; .* in every layer"),
-        (history, "losses that depend on one sample each; .* in every layer"),
-        (two_halves, "losses that depend on one sample each; .* in every layer"),
+        (lambda m, b: classify(m, b).mean()[None], "got 1 losses for a batch of 4 .a mean, or"),
+        (lambda m, b: classify(m, b)[:3], "got 3 losses for a batch of 4 .* leading dim of 1"),
+        (mean_expanded, "depend on one sample each; got one value expanded to 4; use reduction="),
+        (mean_repeated, "losses that depend on one sample each; .* every batched layer"),
+        (contrastive, "losses that depend on one sample each; .* every batched layer"),
+        (neighbours, "losses that depend on one sample each; .* every batched layer"),
+        (history, "losses that depend on one sample each; .* every batched layer"),
+        (two_halves, "losses that depend on one sample each; .* every batched layer"),
     ],
     ids=lambda value: getattr(value, "__name__", "").strip("<>"),
 )  # fmt: skip
@@ -87,6 +96,64 @@ def test_bad_losses_are_refused_and_the_model_is_untouched(loss_fn, text):
     assert_same_state(before, state_of(model))
 
 
+def as_rows(model, x):
+    return model(x).square().mean(1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss_fn", "text"),
+    [
+        pytest.param(
+            (torch.randn(7, 3), torch.arange(7)), lambda m, b: as_rows(m, b[0])[:3],
+            "got 3 losses for a batch of 7", id="as-many-as-features",
+        ),
+        pytest.param(
+            (torch.randn(8, 3), torch.randn(8, 1)), lambda m, b: as_rows(m, b[0]).mean()[None],
+            "got 1 losses for a batch of 8", id="mean-with-labels-in-a-column",
+        ),
+    ],
+)  # fmt: skip
+def test_a_dim_of_one_tensor_does_not_make_the_batch_time_first(batch, loss_fn, text):
+    with pytest.raises(ValueError, match=text):
+        ff.estimate_fisher(nn.Linear(3, 2), [batch], loss_fn=loss_fn)
+
+
+def test_a_bag_with_a_leading_dim_is_one_sample():
+    model, bag = nn.Linear(3, 2), torch.randn(1, 5, 3)
+    fisher = ff.estimate_fisher(model, [bag], loss_fn=lambda m, x: m(x).square().mean((1, 2)))
+    assert fisher.num_samples == 1
+    assert fisher["weight"].all()
+
+
+def test_one_value_expanded_is_refused_where_nothing_is_batched():
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.ones(6))
+
+    def loss_fn(model, batch):
+        return (batch[0] * model.scale).square().mean().expand(4)
+
+    with pytest.raises(ValueError, match="got one value expanded to 4"):
+        ff.estimate_fisher(model, [BATCH], loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained-below", "frozen-below"])
+def test_a_reentrant_checkpoint_is_refused(frozen):
+    """Its inner graph is hidden from the audit; with nothing trained below it even unvisited."""
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+            self.first.requires_grad_(not frozen)
+
+        def forward(self, x):
+            x = self.first(x.clone().requires_grad_())
+            return self.head(checkpoint(self.inner, x, use_reentrant=True))
+
+    with pytest.raises(ValueError, match="use_reentrant=True.; pass use_reentrant=False"):
+        ff.estimate_fisher(Hidden(), [BATCH], loss_fn=classify)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
@@ -95,6 +162,8 @@ def test_bad_losses_are_refused_and_the_model_is_untouched(loss_fn, text):
         ({"batches": BATCH[0]}, TypeError, r"got one Tensor; pass \[batch\]"),
         ({"batches": collections.UserDict()}, TypeError, "got one UserDict"),
         ({"batches": "digits"}, TypeError, "got one str"),
+        ({"model": [nn.Linear(6, 4)]}, TypeError, "model must be a torch.nn.Module; got list"),
+        ({"loss_fn": "mean"}, TypeError, r"must be a function loss_fn\(model, batch\); got str"),
         ({"batches": 3}, TypeError, "batches must be an iterable of batches; got one int"),
         ({"num_samples": 0}, ValueError, "num_samples must be at least 1; got 0"),
         ({"num_samples": -5}, ValueError, "num_samples must be at least 1; got -5"),
@@ -112,7 +181,7 @@ def test_bad_arguments_are_refused_and_the_model_is_untouched(arguments, error, 
     model, _ = decorated(models.mlp())
     before = state_of(model)
     with pytest.raises(error, match=text):
-        ff.estimate_fisher(model, **{"batches": [BATCH], "loss_fn": classify, **arguments})
+        ff.estimate_fisher(**{"model": model, "batches": [BATCH], "loss_fn": classify, **arguments})
     assert_same_state(before, state_of(model))
 
 

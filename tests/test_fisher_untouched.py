@@ -56,6 +56,33 @@ def test_called_without_gradients(context):
     assert not any(s.requires_grad or s.is_inference() for s in fisher.values())
 
 
+def halve(grad):
+    return grad * 0.5
+
+
+@pytest.mark.parametrize("name", ["mlp", "bare_parameters"], ids=["batched", "one-at-a-time"])
+def test_hooks_on_parameters_do_not_touch_the_scores_and_are_put_back(name):
+    case = CASES[name]()
+    expected = score(case)
+    parameter = next(case.model.parameters())
+    (plain,) = torch.autograd.grad(case.loss_fn(case.model, case.batches[0]).sum(), parameter)
+    handle = parameter.register_hook(halve)
+    hooks = parameter._backward_hooks
+
+    fisher = score(case)
+    assert all(torch.equal(fisher[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="got a scalar"):
+        ff.estimate_fisher(case.model, case.batches, loss_fn=lambda model, batch: torch.zeros(()))
+    assert parameter._backward_hooks is hooks
+
+    case.loss_fn(case.model, case.batches[0]).sum().backward()
+    torch.testing.assert_close(parameter.grad, plain / 2)
+    handle.remove()
+    parameter.grad = None
+    case.loss_fn(case.model, case.batches[0]).sum().backward()
+    torch.testing.assert_close(parameter.grad, plain)
+
+
 def test_scores_keep_no_graph_alive():
     case = CASES["bare_parameters"]()
     assert all(s.grad_fn is None for s in score(case).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import pickle
 import struct
@@ -44,6 +45,14 @@ def test_mask_is_a_mapping_over_every_scored_parameter():
     assert (mask.shapes, mask.num_zero_score) == (SHAPES, 1)
     with pytest.raises(KeyError):
         mask["b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_indices_are_copied(dtype):
+    found = torch.tensor([0, 2], dtype=dtype)
+    mask = ff.SparseMask({"w": found}, {"w": (4,)})
+    found[0] = 1
+    assert mask["w"].tolist() == [0, 2]
 
 
 def test_parameters_without_indices_are_empty():
@@ -213,8 +222,12 @@ def test_a_missing_file(tmp_path):
 
 
 def write(path, tensors, metadata, header_text=None):
-    """Write a safetensors file byte by byte, so that it can be wrong in any way."""
-    header, data = {"__metadata__": metadata}, b""
+    """Write a safetensors file byte by byte: wrong in any way that is asked for, well signed."""
+    checksum = hashlib.sha256()
+    for name, array in sorted(tensors.items()):
+        checksum.update(json.dumps([name, f"torch.{array.dtype}", list(array.shape)]).encode())
+        checksum.update(array.tobytes())
+    header, data = {"__metadata__": {"sha256": checksum.hexdigest(), **metadata}}, b""
     for name, array in tensors.items():
         raw = array.tobytes()
         kind = {"int32": "I32", "int64": "I64", "float32": "F32"}[str(array.dtype)]
@@ -242,6 +255,14 @@ def good_parts():
 def test_the_hand_written_file_is_good(tmp_path):
     write(tmp_path / "mask", *good_parts())
     assert ff.SparseMask.load(tmp_path / "mask") == small_mask()
+
+
+@pytest.mark.parametrize("checksum", ["0" * 64, ""], ids=["wrong", "empty"])
+def test_a_wrong_checksum_is_refused(tmp_path, checksum):
+    tensors, metadata = good_parts()
+    write(tmp_path / "mask", tensors, {**metadata, "sha256": checksum})
+    with pytest.raises(ValueError, match="does not match its checksum: the file is damaged"):
+        ff.SparseMask.load(tmp_path / "mask")
 
 
 @pytest.mark.parametrize(

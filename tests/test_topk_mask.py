@@ -371,6 +371,9 @@ def test_bad_scores_are_refused_wherever_they_are(rules, backend):
         ({"k": 9, "keep": ["fc", "*.gamma"]}, ValueError, r"keep entry '\*.gamma' matches no"),
         ({"k": 9, "keep": ["haed"]}, ValueError, r"'haed' matches no .* did you mean head\?"),
         ({"k": 9, "exclude": ["mlp.fc2"]}, ValueError, r"exclude entry 'mlp.fc2' matches no"),
+        ({"k": 9, "keep": None}, TypeError, r"keep must be a path, .*; got None; leave keep out"),
+        ({"k": 9, "exclude": 3}, TypeError, r"exclude must be a path, .*; got 3; leave exclude"),
+        ({"k": 9, "keep": ["tied"]}, ValueError, "a tied weight goes by its first name"),
         ({"k": 9, "keep": [3]}, TypeError, r"keep entries must be strings; got 3"),
         ({"k": 9, "exclude": [None]}, TypeError, r"exclude entries must be strings; got None"),
         ({"k": 9, "keep": ["fc"], "exclude": ["*.bias"]}, ValueError,
@@ -386,6 +389,8 @@ def test_bad_arguments_are_refused(arguments, error, text):
 @pytest.mark.parametrize(
     ("scores", "error", "text"),
     [
+        pytest.param([], TypeError, "scores must be a mapping .*; got list; est", id="a-list"),
+        pytest.param(None, TypeError, "scores must be a mapping .*; got NoneType", id="None"),
         pytest.param({}, ValueError, "at least one weight; got an empty mapping", id="none"),
         pytest.param({"w": torch.rand(0)}, ValueError, "one weight; got an empty model", id="zero"),
         pytest.param({"w": torch.rand(3).double()}, TypeError, "torch.float64 for 'w'", id="fp64"),

@@ -44,6 +44,9 @@ def test_inference_is_as_before(name: str, context: Any) -> None:
         assert same_bits(model(data), expected)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6"), reason="torch 2.6 cannot compile through the tap"
+)
 @pytest.mark.parametrize("name", ["linear", "tied", "conv2d, channels_last", "bare parameters"])
 def test_backward_through_a_compiled_model(name: str) -> None:
     model, data = built(name)
@@ -57,6 +60,9 @@ def test_backward_through_a_compiled_model(name: str) -> None:
     assert same_bits(compiled(data), model(data))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6"), reason="torch 2.6's vmap takes no int32 indices"
+)
 def test_functional_call_and_per_sample_gradients() -> None:
     model, data = built("linear")
     data = data[:, 0]

@@ -95,3 +95,46 @@ def test_lstm_assigned_and_released_uses_the_loaded_weights() -> None:
     tuned.release()
     with torch.no_grad():
         assert same_bits(model(data), other(data))
+
+
+def test_attached_optimizer_resumes_exactly_in_bf16() -> None:
+    """Promise: resuming equals not having stopped. The masters travel in the optimizer's state."""
+
+    def start() -> tuple[ff.SparseTuning, torch.optim.Optimizer]:
+        model = net().to(torch.bfloat16)
+        tuned = ff.train_only(model, net_mask(model))
+        optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-3, foreach=False)
+        tuned.attach(optimizer)
+        return tuned, optimizer
+
+    tuned, optimizer = start()
+    train(tuned.model, optimizer, steps=5)
+    saved = copy.deepcopy((tuned.model.state_dict(), optimizer.state_dict()))
+    train(tuned.model, optimizer, steps=5)
+
+    resumed, again = start()
+    resumed.model.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    train(resumed.model, again, steps=5)
+    assert_state(resumed.model, state_of(tuned.model))
+    assert all(map(torch.equal, tuned.parameters(), resumed.parameters()))
+
+
+def test_attach_covers_groups_that_are_added_later() -> None:
+    tuned = tuned_net()
+    first, *others = tuned.parameters()
+    optimizer = torch.optim.SGD([first], lr=0.1)
+    tuned.attach(optimizer)
+    optimizer.add_param_group({"params": others})
+    train(tuned.model, optimizer)
+    assert_masters_match(tuned.model)
+
+
+def test_attach_refuses_what_is_no_optimizer() -> None:
+    with pytest.raises(TypeError, match="optimizer must be a torch optimizer; got int"):
+        tuned_net().attach(3)
+
+
+def test_the_handle_is_no_list_of_parameters() -> None:
+    with pytest.raises(TypeError, match=r"got a SparseTuning; pass its \.parameters\(\)"):
+        ff.AdamW(tuned_net())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -159,3 +160,73 @@ def test_weight_replaced_by_hand_is_followed() -> None:
         parameter.grad = torch.zeros_like(parameter)
     ff.SGD(tuned.parameters(), lr=0.1).step()
     assert same_bits(model.state_dict()["weight"], other)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "attached"])
+def test_weight_written_by_hand_is_followed(backend: str) -> None:
+    """``nn.init`` in place must not be undone by the masters at the next step."""
+    model = nn.Linear(4, 3)
+    tuned = ff.train_only(model, mask_over_all(model))
+    if backend == "attached":
+        optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+        tuned.attach(optimizer)
+    else:
+        optimizer = ff.SGD(tuned.parameters(), lr=0.1, backend=backend)
+    for value in (0.0, 2.0):
+        with torch.no_grad():
+            nn.init.constant_(model.weight, value)
+        for parameter in tuned.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert bool((model.state_dict()["weight"] == value).all())
+
+
+def test_state_dict_in_another_thread_loses_no_gradient() -> None:
+    """It must not take the compact parameters out of the module, not even for a moment."""
+    model = nn.Linear(4, 3)
+    tuned = ff.train_only(model, mask_over_all(model))
+    stop = threading.Event()
+
+    def save_all_the_time() -> None:
+        while not stop.is_set():
+            assert set(model.state_dict()) == {"weight", "bias"}
+
+    saver = threading.Thread(target=save_all_the_time)
+    saver.start()
+    try:
+        for _ in range(1500):
+            model.zero_grad()
+            model(torch.ones(1, 4)).sum().backward()
+            assert all(parameter.grad is not None for parameter in tuned.parameters())
+    finally:
+        stop.set()
+        saver.join()
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (400, 300)], ids=["smaller", "larger"])
+def test_weight_of_another_shape_is_refused_before_anything_is_written(shape: Any) -> None:
+    model = nn.Linear(4, 3)
+    tuned = ff.train_only(model, mask_over_all(model))
+    optimizer = ff.SGD(tuned.parameters(), lr=0.1)
+    model(torch.ones(1, 4)).sum().backward()
+    replacement = torch.zeros(shape)
+    model._parameters["weight"].data = replacement
+    before = [parameter.detach().clone() for parameter in tuned.parameters()]
+    with pytest.raises(RuntimeError, match=r"had shape \(3, 4\) in train_only and is of shape"):
+        optimizer.step()
+    assert not replacement.any()
+    assert all(map(torch.equal, before, tuned.parameters()))
+
+
+def test_mask_changed_by_its_owner_does_not_reach_the_step() -> None:
+    model = nn.Linear(50, 50, bias=False)
+    mask = ff.random_mask(model, density=0.5, seed=0)
+    tuned = ff.train_only(model, mask)
+    expected = set(mask["weight"].tolist())
+    mask["weight"][:] = 2**31 - 1
+    before = model.state_dict()["weight"].clone()
+    (parameter,) = tuned.parameters()
+    parameter.grad = torch.ones_like(parameter)
+    ff.SGD([parameter], lr=1.0).step()
+    changed = (model.state_dict()["weight"] != before).flatten().nonzero().flatten().tolist()
+    assert set(changed) == expected

@@ -42,12 +42,20 @@ def estimate_fisher(
 
     Linear, Embedding, Conv2d, LayerNorm and BatchNorm (fixed statistics) run batched, in one
     backward per batch. Any other use of a parameter is found by an audit of the autograd graph and
-    takes one backward per sample, still exact; ``report()`` names those parameters.
+    takes one backward per sample, still exact; ``report()`` names those parameters. The memory is
+    that of a plain forward and backward: layers that checkpoint in train mode only, as in
+    transformers, do not in eval mode.
+
+    Losses that couple samples (a batch mean, a contrastive loss) are refused where the coupling
+    reaches every batched layer, and where they are one expanded value. Elsewhere each loss's own
+    gradient is exact, but depends on the samples that share its batch.
 
     Args:
         model: any module; frozen parameters (``requires_grad=False``) are not scored. It is left
-            as it was: mode, requires_grad, gradients, hooks and buffers.
-        batches: an iterable of batches, such as a DataLoader.
+            as it was: mode, requires_grad, gradients, hooks and buffers. Hooks on parameters do
+            not run while it is scored.
+        batches: an iterable of batches, such as a DataLoader. One batch alone is refused if it is a
+            mapping, tensor or string; a tuple or list is taken for one of batches.
         loss_fn: ``loss_fn(model, batch)`` returns the B losses of the batch's samples, shape
             ``[B]``. Default: for mappings with ``labels``, see `labelled_batch_losses`.
         num_samples: stop after exactly this many samples; default: all of them.
@@ -60,11 +68,11 @@ def estimate_fisher(
         A `Fisher`: name -> fp32 scores of the parameter's shape, on the parameter's device.
 
     Raises:
-        TypeError: ``batches`` is one batch instead of an iterable of them, ``num_samples`` is not
-            an integer, or a parameter is complex.
+        TypeError: ``model`` is not a module, ``loss_fn`` not callable, ``batches`` a mapping,
+            tensor, string or no iterable, ``num_samples`` not an integer, or a parameter complex.
         ValueError: no trainable parameter, no sample, an argument out of range, losses that are
-            not one finite number per sample, samples that influence each other's losses, or scores
-            that overflow fp32.
+            not one finite number per sample, losses that couple samples in every batched layer, a
+            reentrant checkpoint, or scores that overflow fp32.
 
     Note:
         Deterministic for the same batches on the same machine.
@@ -80,7 +88,7 @@ def estimate_fisher(
         >>> fisher.num_samples, fisher["weight"].shape
         (4, torch.Size([2, 3]))
     """
-    _check_arguments(batches, num_samples, fisher_type, power)
+    _check_arguments(model, loss_fn, batches, num_samples, fisher_type, power)
     with torch.inference_mode(False):  # tensors made here must be able to take part in autograd
         return _estimate(model, batches, loss_fn, num_samples, power, eval_mode, progress)
 
@@ -112,7 +120,7 @@ def _estimate(
     }
     scorer = Scorer(model, loss_fn or labelled_batch_losses, parameters, scores, power)
     done = 0
-    with _scoring_mode(model, eval_mode), tqdm(
+    with _scoring_mode(model, eval_mode), _hooks_set_aside(parameters.values()), tqdm(
         total=num_samples, disable=not progress, unit=" samples", desc="fisher"
     ) as bar:  # fmt: skip
         for batch in batches:
@@ -138,8 +146,20 @@ def _estimate(
 
 
 def _check_arguments(
-    batches: Iterable[Any], num_samples: int | None, fisher_type: str, power: int
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    batches: Iterable[Any],
+    num_samples: int | None,
+    fisher_type: str,
+    power: int,
 ) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(model, batch); got {type(loss_fn).__name__}; "
+            "leave it out for the default losses"
+        )
     if isinstance(batches, (Mapping, Tensor, str)):
         raise TypeError(
             f"batches must be an iterable of batches; got one {type(batches).__name__}; "
@@ -184,6 +204,22 @@ def _scoring_mode(model: nn.Module, eval_mode: bool) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def _hooks_set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Take the tensor hooks off: they would change gradients, or get None for an intercepted one.
+
+    The same dicts are put back, which the hooks' handles refer to.
+    """
+    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    try:
+        for p, _ in hooks:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, own in hooks:
+            p._backward_hooks = own
 
 
 def _dropout(module: nn.Module) -> float:

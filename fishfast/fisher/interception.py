@@ -85,11 +85,20 @@ class Interception(TorchFunctionMode):
 
         Walks the graph from the losses. A parameter is safe if it is used exactly once, in an
         intercepted call whose output has one row per loss.
+
+        Raises:
+            ValueError: a reentrant checkpoint, whose inner graph cannot be walked.
         """
         uses: dict[str, list[Any]] = {}
         seen, stack = {losses.grad_fn}, [losses.grad_fn]
         while stack:
             node: Any = stack.pop()
+            if node.name() == "CheckpointFunctionBackward":
+                raise ValueError(
+                    "activation checkpoints must not be reentrant: the parameters inside one are "
+                    "hidden from the audit; got checkpoint(..., use_reentrant=True); pass "
+                    "use_reentrant=False"
+                )
             for parent, _ in node.next_functions:
                 if parent is None:
                     continue

@@ -35,7 +35,8 @@ def labelled_batch_losses(model: nn.Module, batch: Any) -> Tensor:
     multi-label head. Regression: squared error averaged over the outputs. Language modelling:
     cross entropy averaged over the sample's own labels that are not -100, shifted by one for a
     causal model only. The task is the model's own ``loss_type`` (transformers) or, for a module
-    without one, follows from the shapes of logits ``[B, C]`` and labels.
+    without one, follows from the shapes of logits ``[B, C]`` and labels. Auxiliary losses that a
+    model adds to its own, such as a router's load balancing, are not included.
 
     Args:
         model: called with the batch's entries as keyword arguments.

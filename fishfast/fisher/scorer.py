@@ -90,8 +90,10 @@ class Scorer:
         """Look at one sample whether losses and the rows of intercepted calls go together.
 
         Its loss must reach only its own row of every call, and the other losses every row but that
-        one. Catches losses that couple samples, and calls whose dim 0 has the batch's size by
-        accident. A call that no gradient reaches is looked at again in the next batch.
+        one. Catches losses that couple samples in every call, and calls whose dim 0 has the
+        batch's size by accident. Where some calls keep samples apart, the others are left to
+        autograd: each loss's own gradient, whatever it depends on. A call that no gradient reaches
+        is looked at again in the next batch.
 
         Args:
             losses: of a forward whose graph is kept.
@@ -100,7 +102,7 @@ class Scorer:
             Name -> reason, for the parameters of calls whose rows are not the samples.
 
         Raises:
-            ValueError: that is so in every call: the losses couple samples.
+            ValueError: rows and losses go together in no call: the losses couple samples.
         """
         interception = self.interception
         names = self._intercepted()
@@ -125,8 +127,8 @@ class Scorer:
         if leaking and leaking == touched:
             raise ValueError(
                 "loss_fn must return losses that depend on one sample each; the gradient of one "
-                f"loss reaches other samples in every layer, {min(leaking)!r} for one (a batch "
-                "mean, a loss between samples, or a batch that is not on dim 0); use "
+                f"loss reaches other samples in every batched layer, {min(leaking)!r} for one (a "
+                "batch mean, a loss between samples, or a batch that is not on dim 0); use "
                 "reduction='none'"
             )
         self.verified |= reached - leaking
@@ -205,14 +207,22 @@ def _check_losses(losses: Any, batch: Any) -> None:
         index = int((~torch.isfinite(losses)).nonzero()[0])
         value = float(losses[index].detach())
         raise ValueError(f"loss_fn must return finite losses; got {value} for sample {index}")
+    if len(losses) > 1 and losses.stride(0) == 0:
+        raise ValueError(
+            "loss_fn must return losses that depend on one sample each; got one value expanded to "
+            f"{len(losses)}; use reduction='none'"
+        )
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     rows = {shape[0] for shape in shapes}
-    # A batch with time first, [T, B], has B losses too.
-    if len(rows) == 1 and not any(len(losses) in shape for shape in shapes):
+    # A batch with time first, [T, B] in every tensor, has B losses too.
+    if len(rows) == 1 and not all(len(losses) in shape[1:] for shape in shapes):
         (size,) = rows
-        if len(losses) > size > 0 and len(losses) % size == 0:
+        fewer = len(losses) < size
+        if fewer or (len(losses) > size > 0 and len(losses) % size == 0):
             raise ValueError(
                 f"loss_fn must return one loss per sample; got {len(losses)} losses for a batch of "
-                f"{size} (one per token?); average over each sample's own elements"
+                f"{size} ({'a mean, or a part of them' if fewer else 'one per token'}?); use "
+                "reduction='none' and average over each sample's own elements; if a batch is one "
+                "sample (a bag), give its tensors a leading dim of 1"
             )
