@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -69,6 +70,17 @@ class SparseTuning:
 
     def __repr__(self) -> str:
         return f"SparseTuning({type(self.model).__name__}, {self.mask!r})"
+
+    def report(self) -> str:
+        """Return a table: each trained weight, its dtype, and how its gradient is caught."""
+        rows = [
+            (name.removesuffix(VALUES_SUFFIX), str(p.target.weight().dtype), f"{len(p):,}", "tap")
+            for name, p in self.named_parameters()
+        ]
+        return tabulate(
+            rows, headers=("parameter", "dtype", "trained", "road"), disable_numparse=True,
+            colalign=("left", "left", "right", "left"),
+        )  # fmt: skip
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Make any torch optimizer write the trained values into the weights after each step.

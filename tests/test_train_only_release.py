@@ -138,3 +138,12 @@ def test_attach_refuses_what_is_no_optimizer() -> None:
 def test_the_handle_is_no_list_of_parameters() -> None:
     with pytest.raises(TypeError, match=r"got a SparseTuning; pass its \.parameters\(\)"):
         ff.AdamW(tuned_net())
+
+
+def test_report_names_every_trained_weight() -> None:
+    tuned = tuned_net()
+    lines = tuned.report().splitlines()
+    trained = {name: len(found) for name, found in tuned.mask.items() if len(found)}
+    assert [line.split() for line in lines[2:]] == [
+        [name, "torch.float32", f"{count:,}", "tap"] for name, count in trained.items()
+    ]
