@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,7 +80,7 @@ class Update:
         return lr.cpu() if isinstance(lr, Tensor) else lr
 
 
-class SparseOptimizer(Optimizer):
+class SparseOptimizer(Optimizer, ABC):
     """Base of `AdamW` and `SGD`: checks, loss scaling, masters in the state dict.
 
     Args:
@@ -178,17 +179,19 @@ class SparseOptimizer(Optimizer):
                         update.target.mark_seen()
         return loss
 
+    @abstractmethod
     def _advance(self, updates: list[Update]) -> None:
         """Make missing state and count the step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _update_torch(self, update: Update, grad_scale: float) -> None:
-        raise NotImplementedError
+        """Update one parameter with torch operations; the caller scatters."""
 
+    @abstractmethod
     def _update_compiled(
         self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
     ) -> None:
-        raise NotImplementedError
+        """Update and scatter all parameters of one device in one call."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with the fp32 masters of weights that hold fewer bits.

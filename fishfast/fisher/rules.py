@@ -15,6 +15,7 @@ over the samples. B x |theta| values are never held: samples go through in chunk
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ __all__ = ["RULES", "Rule"]
 _CHUNK_ELEMENTS = 2**21
 
 
-class Rule:
+class Rule(ABC):
     """One call of a function with a weight and perhaps a bias."""
 
     # The function's argument names in order, by which positional arguments are found.
@@ -46,25 +47,37 @@ class Rule:
         return (cls(weight, bias, call), x) if cls.is_exact(x, weight, call) else None
 
     @staticmethod
+    @abstractmethod
     def is_exact(x: Tensor, weight: Tensor | None, options: dict[str, Any]) -> bool:
         """Return whether dim 0 of the input can be the sample and the options are covered."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Run the call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return the gradient of the input."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def add_weight_score(self, score: Tensor, x: Tensor, grad: Tensor, power: int) -> None:
+        """Add the weight's per-sample scores to ``score``."""
+
+    @abstractmethod
+    def add_bias_score(self, score: Tensor, grad: Tensor, power: int) -> None:
+        """Add the bias's per-sample scores to ``score``."""
+
+
+class SummedRule(Rule):
+    """A rule that gives per-sample gradients as tensors, a few samples at a time."""
+
+    @abstractmethod
     def weight_grads(self, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
         """Yield fp32 weight gradients of a few samples at a time, ``[samples, *weight.shape]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bias_grads(self, grad: Tensor) -> Tensor:
         """Return the fp32 bias gradient of every sample, ``[B, *bias.shape]``."""
-        raise NotImplementedError
 
     def add_weight_score(self, score: Tensor, x: Tensor, grad: Tensor, power: int) -> None:
         """Add the weight's per-sample scores to ``score``."""
@@ -87,7 +100,7 @@ def _chunks(num_samples: int, elements_per_sample: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-class LinearRule(Rule):
+class LinearRule(SummedRule):
     """``F.linear(input, weight, bias)`` with any middle dimensions."""
 
     arguments = ("input", "weight", "bias")
@@ -177,6 +190,10 @@ class EmbeddingRule(Rule):
         """Token ids have no gradient."""
         raise AssertionError("token ids have no gradient")
 
+    def add_bias_score(self, score: Tensor, grad: Tensor, power: int) -> None:
+        """The function has no bias."""
+        raise AssertionError("F.embedding has no bias")
+
 
 def _sum_equal(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the unique keys, ascending, and the sum of the rows of each, added in row order."""
@@ -186,7 +203,7 @@ def _sum_equal(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return unique, torch.segment_reduce(rows[order], "sum", lengths=lengths, axis=0)
 
 
-class Conv2dRule(Rule):
+class Conv2dRule(SummedRule):
     """``F.conv2d`` with stride, zero padding, dilation and groups."""
 
     arguments = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -226,7 +243,7 @@ class Conv2dRule(Rule):
         return grad.float().sum((2, 3))
 
 
-class LayerNormRule(Rule):
+class LayerNormRule(SummedRule):
     """``F.layer_norm``; the normalised input is computed again in the backward."""
 
     arguments = ("input", "normalized_shape", "weight", "bias", "eps")
@@ -258,7 +275,7 @@ class LayerNormRule(Rule):
         return grad.float().reshape(len(grad), -1, *self.options["normalized_shape"]).sum(1)
 
 
-class BatchNormRule(Rule):
+class BatchNormRule(SummedRule):
     """``F.batch_norm`` with fixed statistics (eval mode), where samples do not mix."""
 
     arguments = (
