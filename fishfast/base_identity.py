@@ -84,6 +84,9 @@ def _entries(model: nn.Module) -> dict[str, Tensor]:
 
 def _digest(tensor: Tensor, masked: Tensor | None) -> str:
     """Return the SHA-256 of a tensor's bytes in row-major order, masked entries as zeros."""
+    if tensor.layout == torch.sparse_coo:  # such as a graph's adjacency
+        parts = tensor.detach().coalesce()
+        return _hash([_digest(parts.indices(), None), _digest(parts.values(), None)])
     flat = tensor.detach().cpu().reshape(-1)
     if masked is not None and len(masked):
         flat = flat.index_fill(0, masked.cpu().long(), 0)

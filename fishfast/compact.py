@@ -83,6 +83,10 @@ class Target:
             self._offsets = (weight.stride(), torch.as_tensor(offsets))
         return self._offsets[1].to(weight.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what was seen: a copied tensor counts its versions anew."""
+        return {**self.__dict__, "_seen": None}
+
     def mark_seen(self) -> None:
         """Remember the weight as it is: the masters agree with it."""
         weight = self.weight()

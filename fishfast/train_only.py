@@ -86,6 +86,7 @@ class SparseTuning:
         """Make any torch optimizer write the trained values into the weights after each step.
 
         Its state dict gets the fp32 masters of bf16 and fp16 weights, so that it resumes exactly.
+        A copied or unpickled torch optimizer has lost its hooks: attach it again.
         `fishfast.AdamW` and `fishfast.SGD` do so themselves, in the same launch as the update.
 
         Args:
@@ -95,7 +96,7 @@ class SparseTuning:
             A handle whose ``remove()`` undoes this.
 
         Raises:
-            TypeError: not a torch optimizer.
+            TypeError: not a torch optimizer, or LBFGS, which evaluates the model within a step.
             ValueError: the optimizer holds none of the compact parameters.
 
         Example:
@@ -107,6 +108,11 @@ class SparseTuning:
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch optimizer; got {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "optimizer must update once per step; got LBFGS, which evaluates the model several "
+                "times before its values reach the weights"
+            )
         own = {id(parameter) for parameter in self.parameters()}
 
         def held() -> list[CompactParameter]:
@@ -126,6 +132,7 @@ class SparseTuning:
             for parameter in held():
                 parameter.target.scatter_(parameter)
 
+        take_masters(optimizer)  # of a state that was loaded before
         return Attachment(
             optimizer.register_step_pre_hook(follow),
             optimizer.register_step_post_hook(write_back),

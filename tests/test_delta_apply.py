@@ -153,3 +153,17 @@ def test_whole_mask_of_a_bare_scalar_and_an_empty_parameter(tmp_path: Path) -> N
     other = make()
     ff.load_delta(tmp_path / "d").apply_(other)
     assert other.scale.item() == -1.0
+
+
+def test_sparse_buffers_belong_to_the_base(tmp_path: Path) -> None:
+    def make(scale: float) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        model.register_buffer("adjacency", scale * torch.eye(3).to_sparse())
+        return model
+
+    model = make(1.0)
+    ff.save_delta(ff.train_only(model, ff.random_mask(model, k=3, seed=0)), tmp_path / "d")
+    ff.load_delta(tmp_path / "d").apply_(make(1.0))
+    with pytest.raises(ValueError, match="another base model"):
+        ff.load_delta(tmp_path / "d").apply_(make(2.0))

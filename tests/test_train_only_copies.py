@@ -69,3 +69,17 @@ def test_copy_of_a_submodule() -> None:
     ff.SGD(compact(other), lr=0.1).step()
     assert not torch.equal(other.weight, tuned.model.conv.weight)
     assert_state(tuned.model, before)
+
+
+def test_write_to_a_copied_weight_is_followed() -> None:
+    """A copied tensor counts its versions from 0, so one write could look like none."""
+    model = nn.Linear(4, 3)
+    copied, tuned = copy.deepcopy((model, ff.train_only(model, mask_over_all(model))))
+    with torch.no_grad():
+        nn.init.zeros_(tuned.model.weight)
+    optimizer = ff.SGD(tuned.parameters(), lr=0.1)
+    for parameter in tuned.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert not tuned.model.state_dict()["weight"].any()
+    assert copied is not model

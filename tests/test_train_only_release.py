@@ -120,6 +120,32 @@ def test_attached_optimizer_resumes_exactly_in_bf16() -> None:
     assert all(map(torch.equal, tuned.parameters(), resumed.parameters()))
 
 
+def test_attach_takes_masters_of_a_state_loaded_before() -> None:
+    model = nn.Linear(4, 3).to(torch.bfloat16)
+    tuned = ff.train_only(model, mask_over_all(model))
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-4)
+    tuned.attach(optimizer)
+    for parameter in tuned.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    masters = [parameter.detach().clone() for parameter in tuned.parameters()]
+
+    again = nn.Linear(4, 3).to(torch.bfloat16)
+    resumed = ff.train_only(again, mask_over_all(again))
+    again.load_state_dict(model.state_dict())
+    other = torch.optim.AdamW(resumed.parameters(), lr=1e-4)
+    other.load_state_dict(optimizer.state_dict())
+    resumed.attach(other)
+    assert all(map(torch.equal, masters, resumed.parameters()))
+    assert not any("master" in state for state in other.state.values())
+
+
+def test_attach_refuses_lbfgs() -> None:
+    tuned = tuned_net()
+    with pytest.raises(TypeError, match="must update once per step; got LBFGS"):
+        tuned.attach(torch.optim.LBFGS(list(tuned.parameters())))
+
+
 def test_attach_covers_groups_that_are_added_later() -> None:
     tuned = tuned_net()
     first, *others = tuned.parameters()

@@ -213,16 +213,18 @@ def _check_losses(losses: Any, batch: Any) -> None:
             f"{len(losses)}; use reduction='none'"
         )
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return  # a batch with its own idea of a sample, such as lists of images and of labels
+    shapes = [leaf.shape for leaf in leaves if leaf.dim()]
     rows = {shape[0] for shape in shapes}
     # A batch with time first, [T, B] in every tensor, has B losses too.
     if len(rows) == 1 and not all(len(losses) in shape[1:] for shape in shapes):
         (size,) = rows
-        fewer = len(losses) < size
-        if fewer or (len(losses) > size > 0 and len(losses) % size == 0):
+        mean = len(losses) == 1 < size
+        if mean or (len(losses) > size > 0 and len(losses) % size == 0):
             raise ValueError(
                 f"loss_fn must return one loss per sample; got {len(losses)} losses for a batch of "
-                f"{size} ({'a mean, or a part of them' if fewer else 'one per token'}?); use "
-                "reduction='none' and average over each sample's own elements; if a batch is one "
-                "sample (a bag), give its tensors a leading dim of 1"
+                f"{size} ({'their mean' if mean else 'one per token'}?); use reduction='none' and "
+                "average over each sample's own elements; if a batch is one sample (a bag), give "
+                "its tensors a leading dim of 1"
             )
