@@ -16,10 +16,6 @@ namespace fishfast {
 
 enum class Storage : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-FF_HOST_DEVICE int64_t bytes_per_element(Storage storage) {
-  return storage == Storage::kFloat32 ? 4 : 2;
-}
-
 FF_HOST_DEVICE uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
@@ -31,8 +27,6 @@ FF_HOST_DEVICE float float_of(uint32_t bits) {
   memcpy(&value, &bits, sizeof(value));
   return value;
 }
-
-FF_HOST_DEVICE float bf16_to_float(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
 
 FF_HOST_DEVICE uint16_t float_to_bf16(float value) {
   const uint32_t bits = bits_of(value);
@@ -69,13 +63,6 @@ FF_HOST_DEVICE uint16_t float_to_fp16(float value) {
   const uint32_t half = 1u << (shift - 1u);
   const bool up = lost > half || (lost == half && (kept & 1u));
   return uint16_t(sign | (kept + (up ? 1u : 0u)));
-}
-
-// Element `index` of an array in the given storage.
-FF_HOST_DEVICE float load_as_float(const void* data, int64_t index, Storage storage) {
-  if (storage == Storage::kFloat32) return static_cast<const float*>(data)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
-  return storage == Storage::kBFloat16 ? bf16_to_float(bits) : fp16_to_float(bits);
 }
 
 FF_HOST_DEVICE void store_rounded(void* data, int64_t index, Storage storage, float value) {

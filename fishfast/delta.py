@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fishfast._files import PathLike, read_checked, refuse_damaged, write_atomically
 from fishfast.base_identity import BaseIdentity
 from fishfast.compact import Target, compact_parameters
-from fishfast.mask import SparseMask
+from fishfast.mask import SparseMask, shapes_from_json
 from fishfast.train_only import SparseTuning
 
 __all__ = ["Delta", "load_delta", "save_delta"]
@@ -116,7 +116,7 @@ def load_delta(path: PathLike) -> Delta:
         parts[kind][key[len(kind) :]] = tensor
     indices, values = parts[_INDICES], parts[_VALUES]
     try:
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        shapes = shapes_from_json(metadata["shapes"])
         fingerprint = metadata["mask_fingerprint"]
         structure, content = metadata["base_structure"], metadata["base_content"]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

@@ -168,8 +168,7 @@ class SparseMask(Mapping[str, Tensor]):
         """
         tensors, metadata = read_checked(path, _FORMAT, _VERSION)
         try:
-            shapes = json.loads(metadata["shapes"], object_pairs_hook=_unique).items()
-            shapes = {name: _checked_shape(name, shape) for name, shape in shapes}
+            shapes = shapes_from_json(metadata["shapes"])
             num_zero_score = json.loads(metadata["num_zero_score"])
             if num_zero_score is not None and operator.index(num_zero_score) < 0:
                 raise ValueError(f"num_zero_score is {num_zero_score}")
@@ -203,6 +202,12 @@ class SparseMask(Mapping[str, Tensor]):
                     f"mask must fit the model; {name!r} has shape {shape} in the mask and "
                     f"{tuple(parameters[name].shape)} in the model"
                 )
+
+
+def shapes_from_json(text: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a file's header has; ValueError or TypeError if they are none."""
+    entries = json.loads(text, object_pairs_hook=_unique)
+    return {name: _checked_shape(name, shape) for name, shape in entries.items()}
 
 
 def _checked_shape(name: str, shape: Any) -> tuple[int, ...]:

@@ -265,7 +265,7 @@ def test_bias_mask_refuses_a_model_without_a_bias(model, rules):
         ff.bias_mask(model, **rules)
 
 
-@pytest.mark.parametrize(
+every_maker = pytest.mark.parametrize(
     "make",
     [
         ff.magnitude_scores,
@@ -274,6 +274,9 @@ def test_bias_mask_refuses_a_model_without_a_bias(model, rules):
     ],
     ids=["magnitude", "bias", "random"],
 )
+
+
+@every_maker
 @pytest.mark.parametrize(
     "model",
     [nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)],
@@ -284,15 +287,7 @@ def test_models_without_trainable_parameters_are_refused(make, model):
         make(model)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        ff.magnitude_scores,
-        ff.bias_mask,
-        lambda model: ff.random_mask(model, k=1, seed=0),
-    ],
-    ids=["magnitude", "bias", "random"],
-)
+@every_maker
 def test_what_is_no_module_is_refused(make):
     with pytest.raises(TypeError, match="model must be a torch.nn.Module; got dict"):
         make(dict(small_model().named_parameters()))

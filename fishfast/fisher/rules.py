@@ -171,7 +171,7 @@ class EmbeddingRule(Rule):
 
     def add_weight_score(self, score: Tensor, x: Tensor, grad: Tensor, power: int) -> None:
         """Sum equal (token, sample) pairs, apply f, then sum equal tokens; both sums in order."""
-        num_tokens, width = score.shape
+        num_tokens = len(score)
         tokens, rows = x.reshape(len(x), -1), grad.float().reshape(-1, grad.shape[-1])
         samples = torch.arange(len(x), device=x.device).unsqueeze(1)
         pairs = (tokens.long() * len(x) + samples).flatten()
