@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import machine
+import torch
+from harness import full_size, machine
+
+
+def pytest_configure() -> None:
+    """Run toy sizes in one thread: waking more costs more than the work."""
+    if not full_size():
+        torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
     """Head the figures with the machine that they belong to."""
     info = machine()
-    note = "REHEARSAL without a GPU: " if info["rehearsal"] else ""
+    note = "REHEARSAL at toy size: " if info["rehearsal"] else ""
     return (
         f"{note}{info['device']}, driver {info['driver']}, torch {info['torch']}, "
         f"triton {info['triton']}, commit {info['commit']}"

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ __all__ = ["build_info", "choose", "compiled", "num_threads"]
 
 # What can run each operation on each kind of device, best first.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "fisher": {"cpu": ("torch",), "cuda": ("torch",)},
+    "fisher": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
     "topk_mask": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
     "sparse_adam": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_sgd": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
@@ -51,10 +52,10 @@ def choose(operation: str, device: torch.device, backend: str = "auto") -> str:
                 f"backend must be 'auto' or one of {candidates} for {operation} on "
                 f"{device.type}; got {backend!r}"
             )
-        if reason := _why_not(backend):
+        if reason := _why_not(backend, device.type):
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run: {reason}")
         return backend
-    reasons = {name: _why_not(name) for name in candidates}
+    reasons = {name: _why_not(name, device.type) for name in candidates}
     chosen = next(name for name in candidates if not reasons[name])
     if chosen != candidates[0]:
         _warn_once(reasons[candidates[0]] or "", candidates[0], chosen)
@@ -96,12 +97,12 @@ def compiled() -> Any:
 
 
 @functools.cache
-def _why_not(backend: str) -> str:
-    """Why a backend cannot run here; empty if it can."""
+def _why_not(backend: str, device_type: str = "cuda") -> str:
+    """Why a backend cannot run for tensors on a kind of device; empty if it can."""
     if backend == "torch":
         return ""
     if backend == "triton":
-        return _why_no_triton()
+        return _why_no_triton(device_type)
     extension, reason = _extension()
     if extension is None:
         return reason
@@ -113,7 +114,7 @@ def _why_not(backend: str) -> str:
     return "" if count else str(error)
 
 
-def _why_no_triton() -> str:
+def _why_no_triton(device_type: str) -> str:
     if importlib.util.find_spec("fishfast.kernels") is None:
         return "fishfast.kernels is not installed: running from a source tree"
     try:
@@ -122,6 +123,10 @@ def _why_no_triton() -> str:
         return "triton is not installed"
     if tuple(int(part) for part in version.split(".")[:2]) < _MIN_TRITON:
         return f"triton {version} is older than {_MIN_TRITON[0]}.{_MIN_TRITON[1]}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""  # kernels run on the CPU, slowly: for tests
+    if device_type == "cpu":
+        return "it runs on CUDA devices; on the CPU only with TRITON_INTERPRET=1, for tests"
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
@@ -158,7 +163,7 @@ def build_info() -> dict[str, Any]:
         "unavailable": unavailable,
         "operations": {
             operation: {
-                kind: next(name for name in names if not _why_not(name))
+                kind: next(name for name in names if not _why_not(name, kind))
                 for kind, names in by_device.items()
             }
             for operation, by_device in _PREFERENCE.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 
 import numpy as np
@@ -24,9 +25,10 @@ def samples_of(case, batch):
 
 
 def truth(case, dtype=torch.float64, **options):
+    model = case.plain(case.model) if case.plain else case.model
     return oracle.fisher_by_loop(
-        case.model, case.batches, case.loss_fn, case.take, dtype=dtype, **options
-    )
+        model, case.batches, case.loss_fn, case.take, dtype=dtype, **options
+    )  # fmt: skip
 
 
 def assert_as_exact_as_a_loop(fisher, exact, plain, power=2, rounding=1e-6):
@@ -47,6 +49,17 @@ def assert_as_exact_as_a_loop(fisher, exact, plain, power=2, rounding=1e-6):
         allowed = 2 * np.linalg.norm(plain[name] - exact[name])
         allowed += rounding * np.linalg.norm(exact[name]) + cancelled * found.numel() ** 0.5
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_roads(fisher, case):
+    """Every parameter is caught in the way that the case says, and the report says so."""
+    assert set(fisher.fallback) == case.fallback
+    for name, road in fisher.roads.items():
+        if name in case.fallback:
+            assert road == f"one sample at a time: {fisher.fallback[name]}"
+        else:
+            assert fnmatch.fnmatch(road, case.road(name)), f"{name}: {road}"
+    assert (fisher.passes["fallback"] > 0) == bool(case.fallback)
 
 
 def state_of(model):

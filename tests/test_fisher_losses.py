@@ -1,4 +1,4 @@
-"""The losses that `estimate_fisher` takes for batches with labels."""
+"""The losses and outputs that `estimate_fisher` takes for batches when it is given no function."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from models import only
 from torch import nn
 
 import fishfast as ff
+from fishfast.fisher.outputs import default_outputs
 
 
 class Heads(nn.Module):
@@ -167,3 +168,98 @@ def test_an_output_without_logits_asks_for_a_loss_fn():
         TypeError, match=r"no 'logits'; got a mapping with \['scores'\]; pass loss_fn"
     ):
         ff.estimate_fisher(Other(3), [{"x": BATCH[0], "labels": BATCH[1] % 3}])
+
+
+# ---- outputs, for labels that are drawn or summed over -------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 2, 1, 2])], ids=["none", "given"])
+@pytest.mark.parametrize(
+    ("model", "head"),
+    [
+        (Heads(3), "softmax"),
+        (Heads(3, loss_type="ForImageClassification"), "softmax"),
+        (Heads(1), "gaussian"),
+        (Heads(3, problem_type="regression"), "gaussian"),
+        (Heads(3, problem_type="multi_label_classification"), "sigmoid"),
+        (Heads(2, problem_type="single_label_classification"), "softmax"),
+    ],
+)
+def test_default_outputs_of_heads(model, head, labels):
+    batch = {"x": BATCH[0]} if labels is None else {"x": BATCH[0], "labels": labels}
+    outputs, found, counted = default_outputs(model, batch)
+    assert (found, counted) == (head, None)
+    assert torch.equal(outputs, model.linear(BATCH[0]))
+    assert outputs.requires_grad
+    assert set(map(tuple, model.got)) == {()}
+    assert "labels" in batch or labels is None
+
+
+def test_default_outputs_of_several_labels_known_by_the_labels():
+    batch = {"x": BATCH[0], "labels": torch.rand(4, 3).round()}
+    assert default_outputs(Heads(3), batch)[1] == "sigmoid"
+
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+LABELS = torch.where(torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) < 0.5, 2, -100)
+DECODER = {"loss_type": "ForConditionalGeneration", "is_encoder_decoder": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "counted"),
+    [
+        pytest.param({"loss_type": "ForMaskedLM"}, {}, torch.ones(3, 5), id="masked"),
+        pytest.param(
+            {"loss_type": "ForMaskedLM"}, {"attention_mask": MASK}, MASK, id="masked-by-mask"
+        ),
+        pytest.param(
+            {"loss_type": "ForTokenClassification"}, {"attention_mask": MASK, "labels": LABELS},
+            LABELS != -100, id="token-classes-by-labels",
+        ),
+        pytest.param(
+            {"loss_type": "ForCausalLM"}, {}, torch.tensor([[1, 1, 1, 1, 0]] * 3), id="causal"
+        ),
+        pytest.param(
+            {"loss_type": "ForCausalLM"}, {"attention_mask": MASK},
+            torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]), id="causal-by-mask",
+        ),
+        pytest.param(
+            {"loss_type": "ForCausalLM"}, {"attention_mask": MASK, "labels": LABELS},
+            F.pad(LABELS[:, 1:] != -100, (0, 1)), id="causal-by-labels",
+        ),
+        pytest.param(DECODER, {"labels": LABELS}, LABELS != -100, id="encoder-decoder-by-labels"),
+        pytest.param(
+            DECODER, {"attention_mask": torch.ones(3, 9), "decoder_attention_mask": MASK}, MASK,
+            id="encoder-decoder-by-the-decoders-mask",
+        ),
+        pytest.param(
+            DECODER, {"attention_mask": torch.ones(3, 9)}, torch.ones(3, 5), id="encoder-decoder"
+        ),
+    ],
+)  # fmt: skip
+def test_default_outputs_of_tokens(config, inputs, counted):
+    model = Heads(7, **config)
+    outputs, head, found = default_outputs(model, {"x": torch.randn(3, 5, 6), **inputs})
+    assert (head, outputs.shape, found.dtype) == ("tokens", (3, 5, 7), torch.bool)
+    assert torch.equal(found, counted.bool())
+
+
+def test_outputs_of_low_precision_are_not_copied():
+    model = Heads(3).bfloat16()
+    assert default_outputs(model, {"x": BATCH[0].bfloat16()})[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "error", "text"),
+    [
+        (Heads(5), BATCH, TypeError, "must be mappings; got a tuple; pass outputs_fn"),
+        (Heads(5), {"x": torch.randn(2, 7, 6)}, ValueError,
+         r"outputs_fn is needed for logits of shape \(2, 7, 5\) with loss_type None: .*head= one"),
+        (Heads(5, loss_type="ForCTC"), {"x": BATCH[0]}, ValueError, "with loss_type 'ForCTC'"),
+        (nn.LSTM(6, 2), {"input": BATCH[0]}, TypeError,
+         r"no 'logits'; got a tuple; pass outputs_fn\(model, batch\)"),
+    ],
+)  # fmt: skip
+def test_unknown_tasks_ask_for_an_outputs_fn(model, batch, error, text):
+    with pytest.raises(error, match=text):
+        default_outputs(model, batch)

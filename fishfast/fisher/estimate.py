@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fishfast import _backend
+from fishfast._files import PathLike
+from fishfast.fisher.accumulator import Accumulator
+from fishfast.fisher.distributed import all_reduce_, announce_failure
+from fishfast.fisher.heads import HEADS
+from fishfast.fisher.kind import FISHER_TYPES
 from fishfast.fisher.losses import labelled_batch_losses
+from fishfast.fisher.objective import LossFn, OutputsFn, empirical, over_labels
 from fishfast.fisher.result import Fisher
-from fishfast.fisher.scorer import LossFn, Scorer
+from fishfast.fisher.running import RunningScores
+from fishfast.fisher.scorer import Scorer
+from fishfast.fisher.untouched import hooks_set_aside, scoring_mode
 
 __all__ = ["estimate_fisher"]
 
@@ -26,9 +35,17 @@ def estimate_fisher(
     loss_fn: LossFn | None = None,
     num_samples: int | None = None,
     fisher_type: str = "empirical",
+    outputs_fn: OutputsFn | None = None,
+    head: str | None = None,
+    num_label_samples: int = 1,
+    seed: int = 0,
     power: int = 2,
     eval_mode: bool = True,
     progress: bool = False,
+    resume_path: PathLike | None = None,
+    save_every: float = 60.0,
+    process_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
 ) -> Fisher:
     r"""Estimate the diagonal Fisher information of every trainable parameter, exactly per sample.
 
@@ -36,14 +53,18 @@ def estimate_fisher(
               \ell_b = -\log p_\theta(y_b | x_b)
 
     the sum over samples of the square of each sample's own gradient, never the square of a batch's
-    gradient. This is N times the empirical Fisher of Sung, Nair and Raffel, "Training Neural
-    Networks with Fixed Sparse Masks" (NeurIPS 2021), eq. 3 with the given labels. Batches may have
-    any sizes; the result depends on them only by rounding.
+    gradient. This is N times the Fisher of Sung, Nair and Raffel, "Training Neural Networks with
+    Fixed Sparse Masks" (NeurIPS 2021): eq. 3 with the given labels ("empirical"), eq. 2 with the
+    expectation over the model's own labels ("exact", or "sampled" from it). Batches may have any
+    sizes; the result depends on them only by rounding (and, if sampled, by which draw is whose).
 
-    Linear, Embedding, Conv2d, LayerNorm and BatchNorm (fixed statistics) run batched, in one
-    backward per batch. Any other use of a parameter is found by an audit of the autograd graph and
-    takes one backward per sample, still exact; ``report()`` names those parameters. The memory is
-    that of a plain forward and backward: layers that checkpoint in train mode only, as in
+    Everything runs batched in one backward per batch, without weight gradients: matrix products,
+    convolutions, embeddings, normalisations and elementwise calls, whatever the order of their
+    rows, and weights that are shared, tied, viewed or computed. An audit of the autograd graph
+    finds every other use of a parameter, which takes one backward per sample, still exact;
+    ``report()`` says which parameters took which road and what it cost. In the first batch (and
+    where sizes change) three more backwards find out which row belongs to which sample. The memory
+    is that of a forward and backward; layers that checkpoint in train mode only, as in
     transformers, do not in eval mode.
 
     Losses that couple samples (a batch mean, a contrastive loss) are refused where the coupling
@@ -53,26 +74,42 @@ def estimate_fisher(
     Args:
         model: any module; frozen parameters (``requires_grad=False``) are not scored. It is left
             as it was: mode, requires_grad, gradients, hooks and buffers. Hooks on parameters do
-            not run while it is scored.
+            not run while it is scored. Of a DistributedDataParallel, the module inside is scored.
         batches: an iterable of batches, such as a DataLoader. One batch alone is refused if it is a
             mapping, tensor or string; a tuple or list is taken for one of batches.
         loss_fn: ``loss_fn(model, batch)`` returns the B losses of the batch's samples, shape
             ``[B]``. Default: for mappings with ``labels``, see `labelled_batch_losses`.
-        num_samples: stop after exactly this many samples; default: all of them.
-        fisher_type: ``"empirical"``, the labels given.
+            "empirical" only.
+        num_samples: stop after exactly this many samples (of this process); default: all of them.
+        fisher_type: ``"empirical"``: the labels given. ``"exact"``: all labels, weighted by the
+            model's probabilities, in C - 1 backwards for C classes. ``"sampled"``: labels drawn.
+        outputs_fn: for exact and sampled: ``outputs_fn(model, batch)`` returns logits or means,
+            ``[B, C]``. Default: the logits of a transformers-style model.
+        head: what ``outputs_fn`` returns: ``"softmax"`` (default), ``"sigmoid"``, ``"gaussian"``
+            (unit variance), or ``"tokens"`` of a language model ``[B, T, V]`` (sampled only).
+        num_label_samples: draws for each sample, whose mean is taken; "sampled" only.
+        seed: of the draws; the global generators are not touched.
         power: 2 sums squares, 1 sums absolute values.
         eval_mode: score in eval mode (default) or in the model's present modes.
         progress: show a progress bar.
+        resume_path: a file for the running scores, saved every ``save_every`` seconds and at the
+            end. If it exists, the run goes on where it stopped: the batches scored are skipped,
+            which must come in the same order again. The model's weights are not compared.
+        save_every: seconds.
+        process_group: sum over its processes, each with batches of its own; every process gets
+            the same scores. Each needs its own ``seed`` and ``resume_path``.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
         A `Fisher`: name -> fp32 scores of the parameter's shape, on the parameter's device.
 
     Raises:
-        TypeError: ``model`` is not a module, ``loss_fn`` not callable, ``batches`` a mapping,
-            tensor, string or no iterable, ``num_samples`` not an integer, or a parameter complex.
-        ValueError: no trainable parameter, no sample, an argument out of range, losses that are
-            not one finite number per sample, losses that couple samples in every batched layer, a
-            reentrant checkpoint, or scores that overflow fp32.
+        TypeError: ``model`` is not a module, a function is not callable, ``batches`` a mapping,
+            tensor, string or no iterable, a number not an integer, or a parameter complex.
+        ValueError: no trainable parameter, no sample, an argument out of range or that goes with
+            another ``fisher_type``, losses that are not one finite number per sample, losses that
+            couple samples in every batched layer, gradients that are not finite (with the sample
+            and the parameter), scores that overflow fp32, a file or processes of another run.
 
     Note:
         Deterministic for the same batches on the same machine.
@@ -87,21 +124,123 @@ def estimate_fisher(
         >>> fisher = ff.estimate_fisher(model, batches, loss_fn=loss_fn)
         >>> fisher.num_samples, fisher["weight"].shape
         (4, torch.Size([2, 3]))
+        >>> exact = ff.estimate_fisher(
+        ...     model, batches, fisher_type="exact", outputs_fn=lambda model, batch: model(batch[0])
+        ... )
     """
     _check_arguments(model, loss_fn, batches, num_samples, fisher_type, power)
+    _check_labels(loss_fn, fisher_type, outputs_fn, head, num_label_samples)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    parameters = _trainable(model)
+    _backend.choose("fisher", next(iter(parameters.values())).device, backend)
+    generator = torch.Generator().manual_seed(seed)
+    if fisher_type == "empirical":
+        objective = empirical(loss_fn or labelled_batch_losses)
+    else:
+        objective = over_labels(outputs_fn, head, fisher_type, power, num_label_samples, generator)
     with torch.inference_mode(False):  # tensors made here must be able to take part in autograd
-        return _estimate(model, batches, loss_fn, num_samples, power, eval_mode, progress)
+        # Of the parameters' strides, so that a view of a parameter is a view of its scores.
+        scores = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        scorer = Scorer(model, objective, parameters, scores, Accumulator(power, backend))
+        run = _Run(scorer, fisher_type, num_samples)
+        try:  # what fails in one process only, such as a folder, is announced to the others
+            if resume_path is not None and fisher_type == "sampled":
+                run.running = RunningScores(
+                    resume_path, save_every, seed=seed, num_label_samples=num_label_samples,
+                    generator=generator,
+                )  # fmt: skip
+            elif resume_path is not None:
+                run.running = RunningScores(resume_path, save_every)
+            with scoring_mode(model, eval_mode), hooks_set_aside(parameters.values()):
+                run.score(batches, progress)
+            scores = {name: score.contiguous() for name, score in scores.items()}
+        except BaseException as error:
+            if process_group is not None:
+                announce_failure(error, scores, process_group)
+            raise
+        counts = [run.num_samples, run.num_batches]
+        if process_group is not None:
+            counts = all_reduce_(
+                scores, counts, process_group, fisher_type=fisher_type, power=power
+            )
+    _check_scores(scores, counts[0])
+    return run.result(scores, *counts)
 
 
-def _estimate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: LossFn | None,
-    num_samples: int | None,
-    power: int,
-    eval_mode: bool,
-    progress: bool,
-) -> Fisher:
+class _Run:
+    """Goes through the batches, with a file to stop and go on."""
+
+    def __init__(self, scorer: Scorer, fisher_type: str, limit: int | None) -> None:
+        self.scorer, self.fisher_type, self.limit = scorer, fisher_type, limit
+        self.running: RunningScores | None = None
+        self.num_samples = self.num_batches = 0
+
+    def result(self, scores: Mapping[str, Tensor], num_samples: int, num_batches: int) -> Fisher:
+        """Return scores with what is known about them."""
+        scorer = self.scorer
+        return Fisher(
+            scores, num_samples, scorer.fallback, num_batches=num_batches,
+            fisher_type=self.fisher_type, power=scorer.add.power, roads=scorer.roads,
+            passes=scorer.passes, seconds=scorer.seconds,
+        )  # fmt: skip
+
+    def _so_far(self) -> Fisher:
+        return self.result(self.scorer.scores, self.num_samples, self.num_batches)
+
+    def score(self, batches: Iterable[Any], progress: bool) -> None:
+        """Score what is left of the batches."""
+        if self.running is not None:
+            power = self.scorer.add.power
+            before = self.running.resume(self.scorer.scores, self.fisher_type, power)
+            if before is not None:
+                self.scorer.go_on(before)
+                self.num_samples, self.num_batches = before.num_samples, before.num_batches
+        if self.limit is not None and self.num_samples > self.limit:
+            raise ValueError(
+                f"num_samples must be at least the {self.num_samples} samples that the file of "
+                f"resume_path has; got {self.limit}; give another path"
+            )
+        if self.num_samples == self.limit:
+            return
+        total = self.limit if self.limit is not None else _num_samples(batches)
+        whole = True  # running scores are saved between batches only
+        try:
+            with tqdm(
+                total=total, initial=self.num_samples, disable=not progress, unit=" samples",
+                desc="fisher",
+            ) as bar:  # fmt: skip
+                for batch in itertools.islice(batches, self.num_batches, None):
+                    left = None if self.limit is None else self.limit - self.num_samples
+                    whole = False
+                    counted, size = self.scorer.add_batch(batch, left)
+                    self.num_samples += counted
+                    self.num_batches += 1
+                    whole = counted == size
+                    bar.update(counted)
+                    if self.num_samples == self.limit:
+                        break
+                    if self.running is not None:
+                        self.running.maybe_save(self._so_far)
+        finally:
+            if self.running is not None and whole and self.num_batches:
+                self.running.save_now(self._so_far())
+        if self.limit is not None and self.num_samples < self.limit:
+            warnings.warn(
+                f"num_samples={self.limit}, but batches gave only {self.num_samples} samples",
+                stacklevel=3,
+            )
+
+
+def _num_samples(batches: Any) -> int | None:
+    """Return how many samples a DataLoader gives, where it knows."""
+    try:
+        return len(batches.sampler)
+    except (AttributeError, TypeError):
+        return None
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
@@ -113,36 +252,18 @@ def _estimate(
             raise TypeError(
                 f"parameters must be real floating-point tensors; got {p.dtype} for {name!r}"
             )
-    _backend.choose("fisher", next(iter(parameters.values())).device)
-    scores = {
-        name: torch.zeros(p.shape, dtype=torch.float32, device=p.device)
-        for name, p in parameters.items()
-    }
-    scorer = Scorer(model, loss_fn or labelled_batch_losses, parameters, scores, power)
-    done = 0
-    with _scoring_mode(model, eval_mode), _hooks_set_aside(parameters.values()), tqdm(
-        total=num_samples, disable=not progress, unit=" samples", desc="fisher"
-    ) as bar:  # fmt: skip
-        for batch in batches:
-            left = None if num_samples is None else num_samples - done
-            counted = scorer.add_batch(batch, left)
-            done += counted
-            bar.update(counted)
-            if done == num_samples:
-                break
-    if done == 0:
+    return parameters
+
+
+def _check_scores(scores: Mapping[str, Tensor], num_samples: int) -> None:
+    if num_samples == 0:
         raise ValueError("batches must give at least one sample; got none")
-    if num_samples is not None and done < num_samples:
-        warnings.warn(
-            f"num_samples={num_samples}, but batches gave only {done} samples", stacklevel=3
-        )
     for name, score in scores.items():
         if not torch.isfinite(score).all():
             raise ValueError(
                 f"the scores of {name!r} are not finite: a sample's gradient is NaN, infinite or "
                 "above 1.8e19, whose square overflows fp32; check the losses, or scale them down"
             )
-    return Fisher(scores, done, scorer.fallback)
 
 
 def _check_arguments(
@@ -173,59 +294,40 @@ def _check_arguments(
         raise TypeError(f"num_samples must be an integer; got {num_samples!r}")
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {num_samples}")
-    if fisher_type != "empirical":
-        raise ValueError(f"fisher_type must be 'empirical'; got {fisher_type!r}")
+    if fisher_type not in FISHER_TYPES:
+        raise ValueError(
+            f"fisher_type must be one of {', '.join(map(repr, FISHER_TYPES))}; got {fisher_type!r}"
+        )
     if power not in (1, 2):
         raise ValueError(f"power must be 2 (squares) or 1 (absolute values); got {power!r}")
 
 
-@contextlib.contextmanager
-def _scoring_mode(model: nn.Module, eval_mode: bool) -> Iterator[None]:
-    """Eval mode while scoring; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    for name, module in model.named_modules():
-        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if batch_norm and module.running_mean is None:
-            raise ValueError(
-                f"{name or 'the model'!r} must have running statistics; got a "
-                f"{type(module).__name__} with track_running_stats=False, which mixes samples in "
-                "every mode; replace it"
-            )
-        if module.training and not eval_mode and (batch_norm or _dropout(module) > 0):
-            raise ValueError(
-                f"eval_mode=False needs {name or 'the model'!r} in eval mode; got a "
-                f"{type(module).__name__} in train mode, which mixes samples or adds noise; "
-                "call .eval() on it or leave eval_mode=True"
-            )
-    try:
-        if eval_mode:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def _hooks_set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Take the tensor hooks off: they would change gradients, or get None for an intercepted one.
-
-    The same dicts are put back, which the hooks' handles refer to.
-    """
-    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    try:
-        for p, _ in hooks:
-            p._backward_hooks = None
-        yield
-    finally:
-        for p, own in hooks:
-            p._backward_hooks = own
-
-
-def _dropout(module: nn.Module) -> float:
-    """Return the dropout probability that a module has of its own."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-        return module.dropout
-    return 0.0
+def _check_labels(
+    loss_fn: LossFn | None,
+    fisher_type: str,
+    outputs_fn: OutputsFn | None,
+    head: str | None,
+    num_label_samples: int,
+) -> None:
+    if fisher_type == "empirical" and (outputs_fn is not None or head is not None):
+        raise ValueError(
+            "outputs_fn and head go with fisher_type='exact' or 'sampled'; got fisher_type="
+            "'empirical'; pass loss_fn"
+        )
+    if fisher_type != "empirical" and loss_fn is not None:
+        raise ValueError(
+            f"loss_fn goes with fisher_type='empirical'; got fisher_type={fisher_type!r}, whose "
+            "labels come from the model; pass outputs_fn and head"
+        )
+    if outputs_fn is not None and not callable(outputs_fn):
+        raise TypeError(f"outputs_fn must be a function; got {type(outputs_fn).__name__}")
+    if head is not None and (outputs_fn is None or head not in HEADS):
+        raise ValueError(
+            f"head must be one of {', '.join(map(repr, HEADS))} and goes with outputs_fn; got "
+            f"{head!r}"
+        )
+    if fisher_type != "sampled" and num_label_samples != 1:
+        raise ValueError(
+            f"num_label_samples goes with fisher_type='sampled'; got {num_label_samples} with "
+            f"{fisher_type!r}"
+        )

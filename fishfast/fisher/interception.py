@@ -1,25 +1,47 @@
-"""Catches per-sample gradients in one backward pass, and audits that none is missed.
+"""Catches the calls where tracked parameters meet the data.
 
-`Interception` is a torch function mode: while it is active, a call that has a rule (see rules.py)
-runs inside an autograd function whose backward adds per-sample scores instead of computing the
-weight's own gradient. Any other use of a parameter stays in autograd's hands. The audit then walks
-the autograd graph from the losses: every edge that ends at a parameter either comes from an
-intercepted call or makes that parameter one for the exact fallback. So nothing is skipped, whatever
-the model did with its weights (views, in-place code, custom autograd functions).
+`Interception` is a torch function mode. While it is active a call with an operand that comes from
+tracked parameters alone (the parameter, a view of it, ``1 + weight``; see operands.py) runs inside
+an autograd function, whose backward hands the call's input and gradient to an observer instead of
+computing the weight's own gradient. The operand is cut from the graph: whatever path to a parameter
+is left belongs to a call that was not caught, and the audit finds it.
+
+How eagerly a parameter is caught is its level:
+
+- `EAGER`: at the first call with another tensor or another shape, such as an embedding of tokens;
+- `LAZY`: only where it meets a tensor that has a gradient of its own. A table of positions that is
+  looked up once for the whole batch is then an operand itself, of the addition to the tokens;
+- `NEVER`: left to autograd, and scored one sample at a time.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fishfast.fisher.rules import RULES, Rule
+from fishfast.fisher.operands import Operand, Tracker, tensors_in
+from fishfast.fisher.rules import (
+    BROADCASTING,
+    RULES,
+    BroadcastRule,
+    LinearRule,
+    Rule,
+    autocast_input,
+)
 
-__all__ = ["Interception", "SecondDerivativeError"]
+__all__ = ["EAGER", "LAZY", "NEVER", "Interception", "SecondDerivativeError"]
+
+EAGER, LAZY, NEVER = 0, 1, 2
+_NONE: frozenset[str] = frozenset()
+
+# Called with an intercepted call's node, its input and the gradient of its output.
+Observer = Callable[[Any, Any, Tensor], None]
 
 
 class SecondDerivativeError(RuntimeError):
@@ -31,25 +53,22 @@ class Interception(TorchFunctionMode):
 
     Args:
         parameters: the tracked parameters by name.
-        scores: fp32 accumulators by the same names, added to in place while `recording`.
-        power: 2 for squares, 1 for absolute values.
+
+    Attributes:
+        tracker: which tensors come from them.
+        levels: how eagerly each one is caught, by name.
+        anchor: a leaf that every intercepted call depends on; a backward to it runs them all.
+        observe: called in the backward of every intercepted call.
+        most_rows: the largest dim 0 that an intercepted call had since this was set to 1.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], scores: Mapping[str, Tensor], power: int
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        self.names = {id(parameter): name for name, parameter in parameters.items()}
-        self.scores = scores
-        self.power = power
-        self.left_to_autograd: set[str] = set()  # names that are not intercepted any more
-        self.used: set[str] = set()  # names that the losses depend on; filled by `audit`
-        self.recording = False
-        # Set while checking: the rows whose losses are differentiated. Then the names of calls
-        # where other rows have a gradient too, and of those where these rows have one.
-        self.probe: Tensor | None = None
-        self.leaking: set[str] = set()
-        self.reached: set[str] = set()
+        self.tracker = Tracker(parameters)
+        self.levels = dict.fromkeys(parameters, EAGER)
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.observe: Observer | None = None
+        self.most_rows = 1
 
     def __torch_function__(
         self,
@@ -58,83 +77,167 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run a call, intercepted when it has a rule and all its parameters allow it."""
+        """Run a call, intercepted where tracked parameters meet the data."""
         kwargs = kwargs or {}
-        bound = RULES[func].bind(args, kwargs) if func in RULES else None
-        if bound is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        rule, x = bound
-        learned = [tensor for tensor in (rule.weight, rule.bias) if _needs_grad(tensor)]
-        names = self.names_of(rule)
-        # A weight that is computed from parameters (a view, a parametrization) needs the gradient
-        # that an intercepted call would not hand on.
-        if not names or len(names) < len(learned) or self.left_to_autograd.intersection(names):
+        if func in _OPENED:
+            with self:
+                return _OPENED[func](*args, **kwargs)
+        data, names = False, _NONE
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, Tensor):
+                if value.requires_grad:
+                    sources = self._sources(value)
+                    names |= sources
+                    data |= not sources
+            elif isinstance(value, (tuple, list, dict)):
+                for tensor in tensors_in(value):
+                    if tensor.requires_grad:
+                        sources = self._sources(tensor)
+                        names |= sources
+                        data |= not sources
+        if not names:
             return func(*args, **kwargs)
-        return _InterceptedCall.apply(self, rule, x, rule.weight, rule.bias)
+        caught = self._caught(func, args, kwargs, data)
+        if caught is not None:
+            return caught
+        result = func(*args, **kwargs)
+        self.tracker.mark(result, frozenset() if data else names)
+        return result
 
-    def names_of(self, rule: Rule) -> list[str]:
-        """Return the names of the tracked parameters that are a call's weight or bias."""
-        return [
-            self.names[id(tensor)]
-            for tensor in (rule.weight, rule.bias)
-            if id(tensor) in self.names
-        ]
+    def _sources(self, tensor: Tensor) -> frozenset[str]:
+        """Return the parameters that a tensor is computed from, if from nothing else.
 
-    def audit(self, losses: Tensor) -> dict[str, str]:
-        """Return the parameters that must be left to autograd, each with its reason.
-
-        Walks the graph from the losses. A parameter is safe if it is used exactly once, in an
-        intercepted call whose output has one row per loss.
-
-        Raises:
-            ValueError: a reentrant checkpoint, whose inner graph cannot be walked.
+        What is left to autograd is data like any other tensor with a gradient.
         """
-        uses: dict[str, list[Any]] = {}
-        seen, stack = {losses.grad_fn}, [losses.grad_fn]
-        while stack:
-            node: Any = stack.pop()
-            if node.name() == "CheckpointFunctionBackward":
-                raise ValueError(
-                    "activation checkpoints must not be reentrant: the parameters inside one are "
-                    "hidden from the audit; got checkpoint(..., use_reentrant=True); pass "
-                    "use_reentrant=False"
-                )
-            for parent, _ in node.next_functions:
-                if parent is None:
-                    continue
-                name = self.names.get(id(getattr(parent, "variable", None)))
-                if name is not None:
-                    uses.setdefault(name, []).append(node)
-                elif parent not in seen:
-                    seen.add(parent)
-                    stack.append(parent)
-        self.used = set(uses)
-        reasons = {}
-        for name, nodes in uses.items():
-            if name in self.left_to_autograd:
-                continue
-            foreign = [
-                node for node in nodes
-                if not hasattr(node, "rule") or name not in self.names_of(node.rule)
-            ]  # fmt: skip
-            if foreign:
-                reasons[name] = f"used by {_call_name(foreign[0])}, which has no rule for it"
-            elif len(nodes) > 1:
-                reasons[name] = f"used {len(nodes)} times in one forward"
-            elif nodes[0].num_rows != len(losses):
-                reasons[name] = (
-                    f"dim 0 of its call has {nodes[0].num_rows} rows for {len(losses)} losses"
-                )
-        return reasons
+        names = self.tracker.sources(tensor)
+        return _NONE if any(self.levels[name] == NEVER for name in names) else names
+
+    def _caught(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: bool
+    ) -> Tensor | None:
+        """Run a call with its operands intercepted; None if there is nothing to intercept yet."""
+        rule = RULES[func].bind(func, args, kwargs) if func in RULES else None
+        if rule is not None:
+            x_comes_from_parameters = rule.x.requires_grad and bool(self._sources(rule.x))
+            if self._all_tracked(rule):
+                constant = x_comes_from_parameters or not rule.x.requires_grad
+                # Position ids [1, T], behind token ids [B, T]: caught later, without being asked.
+                for_the_whole_batch = len(rule.x) == 1 < self.most_rows
+                if constant and (self._is_lazy(rule.operands) or for_the_whole_batch):
+                    return None
+                if x_comes_from_parameters:
+                    rule.x = self._expanded(rule.x, rule.x.shape)
+                return self._run(rule)
+            if not x_comes_from_parameters:
+                return None
+        if func in _MATMULS and len(args) == 2 and self._is_weight_from_the_left(*args):
+            return self._run(LinearRule(F.linear, {"input": args[1].mT, "weight": args[0]})).mT
+        if _writes_to(func, args, self.tracker):
+            return None
+        shape = _result_shape(func, args, kwargs)
+        # One operand and another make a third, which meets the data later (weight / its norm).
+        alone = data or sum(t.requires_grad for t in tensors_in((args, kwargs))) == 1
+        if not alone or (not data and shape is None):
+            return None
+        reached = False
+
+        def intercepted(value: Any) -> Any:
+            nonlocal reached
+            if isinstance(value, (tuple, list)) and any(True for _ in tensors_in(value)):
+                return type(value)(map(intercepted, value))
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                return value
+            # Where it is not known how the call sees its operand, dim 0 may be the sample.
+            target = value.shape if shape is None or not _expands(value, shape) else shape
+            meets_nothing = not data and (target == value.shape or self._is_lazy((value,)))
+            if not self._sources(value) or len(target) == 0 or meets_nothing:
+                return value
+            reached = True
+            return self._expanded(value, target)
+
+        args = tuple(map(intercepted, args))
+        kwargs = {key: intercepted(value) for key, value in kwargs.items()}
+        return func(*args, **kwargs) if reached else None
+
+    def _is_weight_from_the_left(self, weight: Tensor, x: Tensor) -> bool:
+        """Whether a product is that of a matrix of parameters and of data, with a batch dim."""
+        learned = weight.requires_grad and bool(self._sources(weight))
+        return learned and weight.dim() == 2 and x.dim() >= 3 and not self._sources(x)
+
+    def _is_lazy(self, operands: tuple[Tensor | None, ...]) -> bool:
+        """Whether any of these parameters is caught only where it meets the data."""
+        return any(
+            self.levels[name] == LAZY
+            for tensor in operands if tensor is not None and tensor.requires_grad
+            for name in self._sources(tensor)
+        )  # fmt: skip
+
+    def _all_tracked(self, rule: Rule) -> bool:
+        """Whether the operands that have a gradient come from tracked parameters, one at least."""
+        learned = [t for t in rule.operands if t is not None and t.requires_grad]
+        return bool(learned) and all(self._sources(t) for t in learned)
+
+    def _expanded(self, operand: Tensor, shape: torch.Size) -> Tensor:
+        return self._run(BroadcastRule(operand, shape))
+
+    def _run(self, rule: Rule) -> Tensor:
+        operands = [
+            self.tracker.operand(t) if t is not None and t.requires_grad else None
+            for t in rule.operands
+        ]
+        values = [None if t is None else t.detach() for t in rule.operands]
+        if rule.x is not None:
+            self.most_rows = max(self.most_rows, len(rule.x))
+        x = autocast_input(rule.x) if rule.in_low_precision else rule.x
+        return _InterceptedCall.apply(self, rule, operands, self.anchor, x, *values)
 
 
-def _needs_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+# Python functions that hand themselves over whole, with calls inside that have rules: run from a
+# copy that does not ask. Their parameters are used through F.linear inside.
+def _opened(func: Any) -> Callable[..., Any]:
+    inside = {**func.__globals__, "has_torch_function": lambda *_: False}
+    copy = types.FunctionType(func.__code__, inside, func.__name__, func.__defaults__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
 
 
-def _call_name(node: Any) -> str:
-    """Return what a user would recognise: "addmm" for AddmmBackward0."""
-    return str(node.name()).partition("Backward")[0].lower() or "a custom function"
+_OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
+_MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+_SHAPE_BY_ARGUMENTS = {
+    torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to,
+}  # fmt: skip
+
+
+def _result_shape(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Size | None:
+    """Return the shape to which a call broadcasts its operands; None where that is not known."""
+    if func is F.scaled_dot_product_attention:  # position biases come as its mask
+        query, key = args[:2] if len(args) > 1 else (kwargs["query"], kwargs["key"])
+        return torch.Size((*query.shape[:-1], key.shape[-2]))
+    if func in _SHAPE_BY_ARGUMENTS:
+        return func(args[0].detach(), *args[1:], **kwargs).shape
+    if func in BROADCASTING:
+        return torch.broadcast_shapes(*(t.shape for t in tensors_in((args, kwargs))))
+    return None
+
+
+def _expands(tensor: Tensor, shape: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(tensor.shape, shape) == shape
+    except RuntimeError:
+        return False
+
+
+def _writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker) -> bool:
+    """Whether a call changes a tracked tensor in place."""
+    name = getattr(func, "__name__", "")
+    in_place = name == "__setitem__" or name.startswith("__i") or name.endswith("_")
+    in_place &= not name.endswith("__") or name.startswith(("__i", "__setitem__"))
+    target = args[0] if args else None
+    return in_place and isinstance(target, Tensor) and bool(tracker.sources(target))
 
 
 class _InterceptedCall(torch.autograd.Function):
@@ -143,36 +246,26 @@ class _InterceptedCall(torch.autograd.Function):
         ctx: Any,
         interception: Interception,
         rule: Rule,
-        x: Tensor,
+        operands: list[Operand | None],
+        anchor: Tensor,
+        x: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
         out = rule.forward(x, weight, bias)
-        ctx.save_for_backward(x, weight)
-        # The audit reads rule and num_rows from the graph's nodes.
-        ctx.interception, ctx.rule, ctx.num_rows = interception, rule, len(out)
+        ctx.save_for_backward(x, weight, bias)
+        # The audit reads these from the graph's nodes; `rows` is filled in before scoring.
+        ctx.interception, ctx.rule, ctx.operands = interception, rule, operands
+        ctx.lead, ctx.rows = tuple(out.shape[: rule.num_lead(out if x is None else x)]), None
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True; once_differentiable would let some pass
             raise SecondDerivativeError
-        x, weight = ctx.saved_tensors
-        interception, rule = ctx.interception, ctx.rule
-        if interception.probe is not None:
-            names = interception.names_of(rule)
-            # What is not finite is refused later, by the name of the scores that it ends in.
-            if grad[~interception.probe].nan_to_num(0, 0, 0).any():
-                interception.leaking.update(names)
-            if grad[interception.probe].any():
-                interception.reached.update(names)
-        elif interception.recording:
-            for parameter, add_score in (
-                (rule.weight, lambda s: rule.add_weight_score(s, x, grad, interception.power)),
-                (rule.bias, lambda s: rule.add_bias_score(s, grad, interception.power)),
-            ):
-                name = interception.names.get(id(parameter))
-                if name is not None:
-                    add_score(interception.scores[name])
-        grad_x = rule.input_grad(x, weight, grad) if ctx.needs_input_grad[2] else None
-        return None, None, grad_x, None, None
+        x, *operands = ctx.saved_tensors  # a checkpointed layer runs again here, intercepted
+        with torch._C.DisableTorchFunction():  # the mode has nothing to say to what follows
+            if ctx.interception.observe is not None:
+                ctx.interception.observe(ctx, x, grad)
+            grad_x = ctx.rule.input_grad(x, operands, grad) if ctx.needs_input_grad[4] else None
+        return None, None, None, None, grad_x, None, None

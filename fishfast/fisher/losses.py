@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["labelled_batch_losses"]
+__all__ = ["IGNORED", "Answer", "ask_model", "describe", "labelled_batch_losses"]
 
-_IGNORED = -100
+IGNORED = -100  # the label of a position that does not count
 _ASK = "pass loss_fn(model, batch) returning a vector of per-sample losses"
 # transformers' names for the tasks (model.loss_type).
 _CLASSIFICATION = (
@@ -52,71 +51,116 @@ def labelled_batch_losses(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise TypeError(
             "batches without a loss_fn must be mappings with 'labels'; got "
-            f"{_describe(batch)}; {_ASK}"
+            f"{describe(batch)}; {_ASK}"
         )
+    answer = ask_model(model, batch, _ASK)
+    logits, labels = answer.logits.float(), answer.inputs["labels"]
+    if answer.task == "next tokens":
+        return _token_losses(logits[:, :-1], labels[:, 1:])
+    if answer.task == "same tokens":
+        return _token_losses(logits, labels)
+    if answer.task is None:
+        raise ValueError(
+            f"loss_fn is needed for logits of shape {tuple(logits.shape)} with loss_type "
+            f"{answer.loss_type!r}: how labels align with them is not known; {_ASK}"
+        )
+    return _head_losses(logits, labels, answer.task)
+
+
+class Answer(NamedTuple):
+    """A model's logits for a batch, and what they are for.
+
+    Attributes:
+        logits: as the model gives them.
+        inputs: the batch's entries on the model's device, labels too.
+        task: "next tokens" or "same tokens" (which label a position is for), transformers' name of
+            a head's problem_type, or None where it is not known.
+        loss_type: transformers' name of the task.
+        decodes: whether the logits are for a decoder's tokens, not for those that were given.
+    """
+
+    logits: Tensor
+    inputs: dict[str, Any]
+    task: str | None
+    loss_type: str | None
+    decodes: bool
+
+
+def ask_model(model: nn.Module, batch: Mapping[str, Any], remedy: str) -> Answer:
+    """Run a transformers-style model on a batch, whose ``labels`` need not be there.
+
+    Args:
+        model: called with the batch's entries as keyword arguments.
+        batch: its tensors are moved to the model's device.
+        remedy: what to pass instead, for messages.
+
+    Returns:
+        The logits and the task.
+
+    Raises:
+        TypeError: the output has no logits.
+    """
     device = next(model.parameters()).device
     inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
-    labels = inputs["labels"]
     config = getattr(model, "config", None)
     encoder_decoder = any(
         getattr(part, "is_encoder_decoder", False)
         for part in (config, getattr(config, "text_config", None))
     )
-    if not encoder_decoder:
-        # The model's own loss is a mean over the batch: not needed, and for a language model big.
-        del inputs["labels"]
-    output = model(**inputs)
+    # The model's own loss is a mean over the batch: not needed, and for a language model big. An
+    # encoder-decoder makes its decoder's inputs of the labels.
+    given = {name: v for name, v in inputs.items() if name != "labels" or encoder_decoder}
+    output = model(**given)
     if isinstance(output, Mapping):
         logits = output.get("logits")
     else:
         logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"the model's output has no 'logits'; got {_describe(output)}; {_ASK}")
+        raise TypeError(f"the model's output has no 'logits'; got {describe(output)}; {remedy}")
 
-    logits, task = logits.float(), getattr(model, "loss_type", None)
+    loss_type = kind = getattr(model, "loss_type", None)
     if type(model).__name__ in _CAUSAL_MODELS:
-        task = _TOKENS_NEXT[0]
-    elif task == _GENERATION:
-        task = _TOKENS_SAME[0] if encoder_decoder else _TOKENS_NEXT[0]
-    if task in _TOKENS_NEXT and logits.dim() == 3:
-        return _token_losses(logits[:, :-1], labels[:, 1:])
-    if task in _TOKENS_SAME and logits.dim() == 3:
-        return _token_losses(logits, labels)
-    if task in _CLASSIFICATION or (task is None and logits.dim() == 2):
-        return _head_losses(logits, labels, getattr(config, "problem_type", None))
-    raise ValueError(
-        f"loss_fn is needed for logits of shape {tuple(logits.shape)} with loss_type {task!r}: how "
-        f"labels align with them is not known; {_ASK}"
-    )
+        kind = _TOKENS_NEXT[0]
+    elif kind == _GENERATION:
+        kind = _TOKENS_SAME[0] if encoder_decoder else _TOKENS_NEXT[0]
+    task = None
+    if kind in _TOKENS_NEXT and logits.dim() == 3:
+        task = "next tokens"
+    elif kind in _TOKENS_SAME and logits.dim() == 3:
+        task = "same tokens"
+    elif kind in _CLASSIFICATION or (kind is None and logits.dim() == 2):
+        task = getattr(config, "problem_type", None) or _problem_type(logits, inputs.get("labels"))
+    return Answer(logits, inputs, task, loss_type, encoder_decoder)
+
+
+def _problem_type(logits: Tensor, labels: Any) -> str:
+    """Return the problem that transformers' own loss takes these labels for."""
+    if logits.shape[1] == 1:
+        return "regression"
+    if labels is None or (labels.dim() == 1 and not labels.is_floating_point()):
+        return "single_label_classification"
+    return "multi_label_classification"
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    losses = F.cross_entropy(
-        logits.transpose(1, 2), labels, reduction="none", ignore_index=_IGNORED
-    )
-    counted = (labels != _IGNORED).sum(1)
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    counted = (labels != IGNORED).sum(1)
     return losses.sum(1) / counted.clamp(min=1)
 
 
-def _head_losses(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    if problem_type is None:
-        if logits.shape[1] == 1:
-            problem_type = "regression"
-        elif labels.dim() == 1 and not labels.is_floating_point():
-            problem_type = "single_label_classification"
-        else:
-            problem_type = "multi_label_classification"
+def _head_losses(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     if problem_type == "regression":
         return (logits - labels.view_as(logits)).square().mean(1)
     if problem_type == "multi_label_classification":
         targets = labels.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
-    return F.cross_entropy(logits, labels.view(-1), reduction="none", ignore_index=_IGNORED)
+    return F.cross_entropy(logits, labels.view(-1), reduction="none", ignore_index=IGNORED)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Name a value's type and, for a mapping, its entries."""
     if isinstance(value, Mapping):
         return f"a mapping with {sorted(map(str, value))}"
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from fishfast.fisher.interception import Interception, SecondDerivativeError
+from fishfast.fisher.accumulator import Accumulator
+from fishfast.fisher.audit import Audit, audit
+from fishfast.fisher.interception import EAGER, LAZY, NEVER, Interception, SecondDerivativeError
+from fishfast.fisher.objective import Losses, Objective
+from fishfast.fisher.probe import RowFinder, key_of
+from fishfast.fisher.recorder import Recorder
+from fishfast.fisher.result import Fisher
+from fishfast.fisher.rows import layouts
+from fishfast.fisher.rules import BroadcastRule
+from fishfast.fisher.score_files import WORK
 
-__all__ = ["LossFn", "Scorer"]
+__all__ = ["Scorer"]
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+UNUSED, BATCHED = "not used", "batched"
+EXPANDED, SORTED = "batched, where it meets the data", "batched, rows sorted by sample"
+ALONE = "one sample at a time"
+_ROADS = (UNUSED, BATCHED, EXPANDED, SORTED)  # a parameter's road is the last of those it takes
+
+_COUPLED = (
+    "loss_fn must return losses that depend on one sample each; the gradient of one loss reaches "
+    "other samples in every batched layer, {0!r} for one (a batch mean, or a loss between "
+    "samples); use reduction='none'"
+)
 
 
 class Scorer:
@@ -23,133 +43,171 @@ class Scorer:
 
     Args:
         model: what is scored.
-        loss_fn: ``loss_fn(model, batch)`` returns one loss per sample.
+        objective: what is differentiated.
         parameters: the parameters to score, by name.
-        scores: fp32 accumulators by the same names, added to in place.
-        power: 2 for squares, 1 for absolute values.
+        scores: fp32 accumulators by the same names and of the same strides, added to in place.
+        add: f, and what runs the sums.
+
+    Attributes:
+        fallback: name -> reason, for parameters that are scored one sample at a time.
+        roads: name -> how its gradients are caught.
+        passes: how many forward and backward passes each phase took.
+        seconds: how long each phase took, by the wall clock.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn,
+        objective: Objective,
         parameters: Mapping[str, nn.Parameter],
         scores: Mapping[str, Tensor],
-        power: int,
+        add: Accumulator,
     ) -> None:
-        self.model, self.loss_fn = model, loss_fn
-        self.parameters, self.scores, self.power = parameters, scores, power
-        self.interception = Interception(parameters, scores, power)
+        self.model, self.objective = model, objective
+        self.parameters, self.scores, self.add = parameters, scores, add
+        self.interception = Interception(parameters)
+        self.rows = RowFinder()
         self.fallback: dict[str, str] = {}
-        self.verified: set[str] = set()  # names whose calls were seen to keep samples apart
+        self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
+        self.passes = dict.fromkeys(WORK, 0)
+        self.seconds = dict.fromkeys(WORK, 0.0)
 
-    def add_batch(self, batch: Any, limit: int | None) -> int:
-        """Score one batch, at most ``limit`` samples of it; return how many were counted."""
+    def go_on(self, before: Fisher) -> None:
+        """Take over the roads and the cost of the part of a run that was scored before."""
+        self._leave_to_autograd(before.fallback)
+        self.roads.update(before.roads)
+        self.passes.update(before.passes)
+        self.seconds.update(before.seconds)
+
+    def add_batch(self, batch: Any, limit: int | None) -> tuple[int, int]:
+        """Score at most ``limit`` samples of a batch; return how many, and how many it has."""
         # Backward runs in this thread, so that checkpointed layers that run again inside it are
         # intercepted on every device.
         device = next(iter(self.parameters.values())).device.type
         with (
             _not_compiled(),
+            _checkpoints_not_reentrant(),
             torch.enable_grad(),
             torch.autograd.set_multithreading_enabled(False),
             self.interception,
         ):
-            losses = self._audited_losses(batch)
+            losses, found = self._forward(batch)
             with torch.autocast(device, enabled=False):
-                while leaking := self._find_leaks(losses):
-                    self._leave_to_autograd(leaking)
-                    losses = self._audited_losses(batch)
-                counted = len(losses) if limit is None else min(limit, len(losses))
-                self._add_intercepted(losses, counted)
-                self._add_fallback(losses, counted)
-        return counted
+                while several := self._find_rows(losses.probe, found):
+                    self._catch_later(several)
+                    losses, found = self._forward(batch)
+                size = len(losses.probe)
+                counted = size if limit is None else min(limit, size)
+                rows = losses.rows()
+                row = next(rows, None)
+                while row is not None:
+                    following = next(rows, None)
+                    self._add_intercepted(row, counted, found, last=following is None)
+                    self._add_fallback(row, counted)
+                    row = following
+                if not self._is_finite():
+                    raise ValueError(self._blame(batch))
+        self._note_roads(found)
+        return counted, size
 
-    def _audited_losses(self, batch: Any) -> Tensor:
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def _forward(self, batch: Any) -> tuple[Losses, Audit]:
         """Run the forward until every parameter that calls do not cover is left to autograd."""
         while True:
-            try:
-                losses = self.loss_fn(self.model, batch)
-            except SecondDerivativeError:
-                reason = "loss_fn takes a gradient with create_graph=True"
-                self._leave_to_autograd(dict.fromkeys(self._intercepted(), reason))
-                continue
-            _check_losses(losses, batch)
-            reasons = self.interception.audit(losses)
-            if not reasons:
-                return losses
-            self._leave_to_autograd(reasons)
+            self.passes["forward"] += 1
+            self.interception.most_rows = 1
+            with self._timed("forward"):
+                try:
+                    losses = self.objective(self.model, batch)
+                except SecondDerivativeError:
+                    reason = "loss_fn takes a gradient with create_graph=True"
+                    self._leave_to_autograd(
+                        {name: reason for name in self.parameters if name not in self.fallback}
+                    )
+                    continue
+                found = audit(losses.probe, self.interception.tracker)
+            foreign = {
+                name: f"used by {call}, which has no rule for it"
+                for name, call in found.foreign.items()
+                if name not in self.fallback
+            }
+            if not foreign:
+                return losses, found
+            self._leave_to_autograd(foreign)
 
     def _leave_to_autograd(self, reasons: Mapping[str, str]) -> None:
         self.fallback.update(reasons)
-        self.interception.left_to_autograd.update(reasons)
+        self.interception.levels.update(dict.fromkeys(reasons, NEVER))
 
-    def _intercepted(self) -> list[str]:
-        return [name for name in self.parameters if name not in self.fallback]
+    def _catch_later(self, nodes: list[Any]) -> None:
+        """Catch the operands of calls with mixed rows further on, or not at all."""
+        for name in _names(nodes):
+            if self.interception.levels[name] == EAGER:
+                self.interception.levels[name] = LAZY
+            else:
+                reason = "the gradient of one loss reaches several rows of its call"
+                self._leave_to_autograd({name: reason})
 
-    def _find_leaks(self, losses: Tensor) -> dict[str, str]:
-        """Look at one sample whether losses and the rows of intercepted calls go together.
+    def _find_rows(self, losses: Tensor, found: Audit) -> list[Any]:
+        """Give every call its rows; return those where samples mix."""
+        unknown = self.rows.known(found.calls, len(losses))
+        return self._probe(unknown, losses) if unknown else []
 
-        Its loss must reach only its own row of every call, and the other losses every row but that
-        one. Catches losses that couple samples in every call, and calls whose dim 0 has the
-        batch's size by accident. Where some calls keep samples apart, the others are left to
-        autograd: each loss's own gradient, whatever it depends on. A call that no gradient reaches
-        is looked at again in the next batch.
+    def _probe(self, nodes: list[Any], losses: Tensor) -> list[Any]:
+        def backward(weights: Tensor) -> None:
+            self.passes["probe"] += 1
+            self._backward((losses * weights).sum(), self.rows.observe)
 
-        Args:
-            losses: of a forward whose graph is kept.
+        with self._timed("probe"):
+            several, reached = self.rows.find(nodes, len(losses), losses, backward)
+        # Only a call that could have the samples in its rows says something about the losses.
+        telling = [
+            node for node in several
+            if not isinstance(node.rule, BroadcastRule) and layouts(node.lead, len(losses))
+        ]  # fmt: skip
+        if telling and len(several) == len(reached):
+            raise ValueError(_COUPLED.format(_names(telling)[0]))
+        return several
 
-        Returns:
-            Name -> reason, for the parameters of calls whose rows are not the samples.
+    def _add_intercepted(self, losses: Tensor, counted: int, found: Audit, last: bool) -> None:
+        if not found.calls:
+            return
+        recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
+        total = losses[:counted].sum()
+        # The graph's memory goes back to the model's own backward, unless it is needed again.
+        keep_graph = not last or bool(self.fallback) or any(n.rows is None for n in found.calls)
+        while True:
+            self.passes["backward"] += 1
+            with self._timed("backward"):
+                self._backward(total, recorder.observe, keep_graph)
+                left_out = recorder.finish()
+            if not recorder.unresolved:
+                return
+            # A call that no gradient had reached before, and whose rows are not known yet.
+            if mixed := self._probe(recorder.unresolved, losses):
+                raise ValueError(_COUPLED.format(_names(mixed)[0]))
+            if lost := [node for node in recorder.unresolved if node.rows is None]:
+                # Only a gradient that is not finite hides its rows: the sample is found by name.
+                for name in _names(lost):
+                    self.scores[name].fill_(torch.nan)
+                return
+            recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
+            recorder.only = left_out
 
-        Raises:
-            ValueError: rows and losses go together in no call: the losses couple samples.
-        """
-        interception = self.interception
-        names = self._intercepted()
-        if len(losses) < 2 or self.verified.issuperset(interception.used.intersection(names)):
-            return {}
-        # The largest loss: a sample without labels has no gradient to look at.
-        own = torch.zeros_like(losses, dtype=torch.bool)
-        own[losses.detach().argmax()] = True
-        leaking: set[str] = set()
-        touched: set[str] = set()
-        reached = set(names)
-        for rows in (own, ~own):
-            interception.probe = rows
-            interception.leaking, interception.reached = set(), set()
-            try:
-                self._backward(losses[rows].sum(), names, retain_graph=True)
-            finally:
-                interception.probe = None
-            leaking |= interception.leaking
-            touched |= interception.leaking | interception.reached
-            reached &= interception.reached
-        if leaking and leaking == touched:
-            raise ValueError(
-                "loss_fn must return losses that depend on one sample each; the gradient of one "
-                f"loss reaches other samples in every batched layer, {min(leaking)!r} for one (a "
-                "batch mean, a loss between samples, or a batch that is not on dim 0); use "
-                "reduction='none'"
-            )
-        self.verified |= reached - leaking
-        return {
-            name: "the gradient of one loss reaches several rows of dim 0"
-            for name in names
-            if name in leaking
-        }
-
-    def _add_intercepted(self, losses: Tensor, counted: int) -> None:
-        self.interception.recording = True
+    def _backward(
+        self, loss: Tensor, observe: Callable[[Any, Any, Tensor], None], keep_graph: bool = True
+    ) -> None:
+        """Run the backward of all intercepted calls; their weights' gradients are not computed."""
+        self.interception.observe = observe
         try:
-            total = losses[:counted].sum()
-            self._backward(total, self._intercepted(), retain_graph=bool(self.fallback))
+            _gradients(loss, [self.interception.anchor], keep_graph)
         finally:
-            self.interception.recording = False
-
-    def _backward(self, loss: Tensor, names: list[str], retain_graph: bool) -> None:
-        """Run the intercepted calls' backwards; they return no gradient for their parameters."""
-        if names:
-            _gradients(loss, [self.parameters[name] for name in names], retain_graph)
+            self.interception.observe = None
 
     def _add_fallback(self, losses: Tensor, counted: int) -> None:
         """One backward per sample, for the parameters that no rule covers."""
@@ -157,12 +215,61 @@ class Scorer:
         if not names:
             return
         inputs = [self.parameters[name] for name in names]
-        for loss in losses[:counted]:
-            grads = _gradients(loss, inputs, retain_graph=True)
-            for name, grad in zip(names, grads, strict=True):
-                if grad is not None:
-                    grad = grad.float()
-                    self.scores[name] += grad.square() if self.power == 2 else grad.abs()
+        with self._timed("fallback"):
+            for loss in losses[:counted]:
+                self.passes["fallback"] += 1
+                for name, grad in zip(names, _gradients(loss, inputs), strict=True):
+                    if grad is not None:
+                        self.scores[name] += self.add.f(grad.float())
+
+    def _is_finite(self) -> bool:
+        """Whether the scores are; a gradient that is not ends in them. Waits for the device."""
+        sums: dict[torch.device, list[Tensor]] = {}
+        for score in self.scores.values():
+            sums.setdefault(score.device, []).append(score.sum())
+        if all(bool(torch.stack(parts).isfinite().all()) for parts in sums.values()):
+            return True
+        return all(bool(score.isfinite().all()) for score in self.scores.values())
+
+    def _blame(self, batch: Any) -> str:
+        """Find the sample and the parameter with a gradient that is not finite."""
+        self._leave_to_autograd(dict.fromkeys(self.parameters, ""))
+        losses = self.objective(self.model, batch).probe
+        for index, loss in enumerate(losses):
+            grads = _gradients(loss, list(self.parameters.values()))
+            for name, grad in zip(self.parameters, grads, strict=True):
+                if grad is not None and not torch.isfinite(grad).all():
+                    return (
+                        f"gradients must be finite; that of {name!r} is not for sample {index} of "
+                        "the batch; nothing of it was kept; check the sample and the losses"
+                    )
+        return (
+            "scores must be finite; a batch has gradients above 1.8e19, whose squares overflow "
+            "fp32; nothing of it was kept; scale the losses down"
+        )
+
+    def _note_roads(self, found: Audit) -> None:
+        for node in found.calls:
+            for operand in node.operands:
+                if operand is None:
+                    continue
+                if key_of(node) in self.rows.irregular:
+                    road = SORTED
+                elif operand.region is None or isinstance(node.rule, BroadcastRule):
+                    road = EXPANDED
+                else:
+                    road = BATCHED
+                for name in operand.names:
+                    if name not in self.fallback:
+                        self.roads[name] = max(self.roads[name], road, key=_ROADS.index)
+        for name, reason in self.fallback.items():
+            self.roads[name] = f"{ALONE}: {reason}"
+
+
+def _names(nodes: list[Any]) -> list[str]:
+    """Return the names of all operands of these calls."""
+    operands = [operand for node in nodes for operand in node.operands if operand is not None]
+    return sorted({name for operand in operands for name in operand.names})
 
 
 def _not_compiled() -> contextlib.AbstractContextManager[Any]:
@@ -172,8 +279,24 @@ def _not_compiled() -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+@contextlib.contextmanager
+def _checkpoints_not_reentrant() -> Iterator[None]:
+    """Run reentrant checkpoints as the other kind: same values, and a graph that can be audited."""
+    function = torch.utils.checkpoint.CheckpointFunction
+    again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+    def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return again(run, *args, preserve_rng_state=preserve_rng_state)
+
+    function.apply = apply  # type: ignore[method-assign]  # shadows the inherited method
+    try:
+        yield
+    finally:
+        del function.apply
+
+
 def _gradients(
-    loss: Tensor, inputs: list[nn.Parameter], retain_graph: bool
+    loss: Tensor, inputs: list[Any], keep_graph: bool = True
 ) -> tuple[Tensor | None, ...]:
     """Return what torch.autograd.grad does, without leaving the function mode.
 
@@ -182,49 +305,6 @@ def _gradients(
     """
     engine = torch.autograd.Variable._execution_engine
     return engine.run_backward(
-        (loss,), (torch.ones_like(loss),), retain_graph, False, tuple(inputs), True,
+        (loss,), (torch.ones_like(loss),), keep_graph, False, tuple(inputs), True,
         accumulate_grad=False,
     )  # fmt: skip
-
-
-def _check_losses(losses: Any, batch: Any) -> None:
-    if not isinstance(losses, Tensor):
-        raise ValueError(
-            f"loss_fn must return a tensor of per-sample losses; got {type(losses).__name__}"
-        )
-    if losses.dim() != 1:
-        got = "a scalar" if losses.dim() == 0 else f"shape {tuple(losses.shape)}"
-        raise ValueError(
-            f"loss_fn must return one loss per sample, shape [B]; got {got}; "
-            "use reduction='none' and average over each sample's own elements"
-        )
-    if len(losses) == 0 or not losses.requires_grad:
-        raise ValueError(
-            f"loss_fn must return losses that depend on trainable parameters; got {len(losses)} "
-            f"losses with requires_grad={losses.requires_grad}"
-        )
-    if not torch.isfinite(losses).all():
-        index = int((~torch.isfinite(losses)).nonzero()[0])
-        value = float(losses[index].detach())
-        raise ValueError(f"loss_fn must return finite losses; got {value} for sample {index}")
-    if len(losses) > 1 and losses.stride(0) == 0:
-        raise ValueError(
-            "loss_fn must return losses that depend on one sample each; got one value expanded to "
-            f"{len(losses)}; use reduction='none'"
-        )
-    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    if not all(isinstance(leaf, Tensor) for leaf in leaves):
-        return  # a batch with its own idea of a sample, such as lists of images and of labels
-    shapes = [leaf.shape for leaf in leaves if leaf.dim()]
-    rows = {shape[0] for shape in shapes}
-    # A batch with time first, [T, B] in every tensor, has B losses too.
-    if len(rows) == 1 and not all(len(losses) in shape[1:] for shape in shapes):
-        (size,) = rows
-        mean = len(losses) == 1 < size
-        if mean or (len(losses) > size > 0 and len(losses) % size == 0):
-            raise ValueError(
-                f"loss_fn must return one loss per sample; got {len(losses)} losses for a batch of "
-                f"{size} ({'their mean' if mean else 'one per token'}?); use reduction='none' and "
-                "average over each sample's own elements; if a batch is one sample (a bag), give "
-                "its tensors a leading dim of 1"
-            )

@@ -5,15 +5,24 @@
 
 from __future__ import annotations
 
-from .case import Case, classify, only, per_sample
-from .ruled import RULED, convnet_with_norms, embedding, mlp
-from .transformers_tiny import HUGGINGFACE, huggingface
-from .unruled import UNRULED
-from .unruled_rows import UNRULED_ROWS
+from .attention import ATTENTION
+from .case import Calls, Case, classify, only, parameter, per_sample
+from .computed import COMPUTED
+from .experts import EXPERTS
+from .families import DENSE, FAMILIES, huggingface
+from .fallback import FALLBACK, mixed_samples_before_a_batched_head
+from .layers import LAYERS, convnet_with_norms
+from .positions import POSITIONS
+from .rows import ROWS
+from .ruled import RULED, embedding, mlp
+from .shared import SHARED
 
 __all__ = [
-    "CASES", "HUGGINGFACE", "Case", "classify", "convnet_with_norms", "embedding", "huggingface",
-    "mlp", "only", "per_sample",
+    "CASES", "DENSE", "FAMILIES", "HUGGINGFACE", "Calls", "Case", "classify", "convnet_with_norms", "embedding",
+    "huggingface", "mixed_samples_before_a_batched_head", "mlp", "only", "parameter", "per_sample",
 ]  # fmt: skip
 
-CASES = RULED | UNRULED | UNRULED_ROWS
+HUGGINGFACE = list(FAMILIES)
+CASES = (
+    RULED | LAYERS | SHARED | COMPUTED | POSITIONS | ATTENTION | ROWS | EXPERTS | FALLBACK
+)  # fmt: skip

@@ -1,7 +1,8 @@
-"""Calls that have a rule: everything must be batched."""
+"""Calls that have a rule, each weight used once and dim 0 the sample: batched as they are."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -10,91 +11,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .case import Case, classify, images, per_sample, sequences, token_ids, vectors
+from .case import (
+    UNUSED, Calls, Case, classify, parameter, per_sample, sequences, token_ids, vectors,
+)  # fmt: skip
+from .layers import convnet_with_norms
 
 
 def mlp():
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5, bias=False), nn.Linear(5, 4))
-    return Case(model, vectors(5, 3, 1), classify, set())
+    return Case(model, vectors(5, 3, 1), classify)
 
 
 def linear_over_positions():
     model = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3, bias=False))
-    return Case(model, sequences(4, 2), per_sample, set())
+    return Case(model, sequences(4, 2), per_sample)
 
 
 def linear_over_a_grid():
     model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
-    return Case(model, [torch.randn(3, 2, 5, 8), torch.randn(2, 4, 3, 8)], per_sample, set())
-
-
-def give_statistics(model):
-    """Let batch norms have seen something: running statistics start at 0 and 1."""
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-
-
-def convnet_with_norms():
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-        nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(6, 4),
-    )  # fmt: skip
-    give_statistics(model)
-    return Case(model, images(4, 3), classify, set())
-
-
-CONVOLUTIONS = {
-    "conv_stride": {"stride": 2},
-    "conv_stride_that_leaves_a_rest": {"stride": (3, 2), "kernel_size": (2, 3)},
-    "conv_padding": {"padding": (2, 1)},
-    "conv_dilation": {"dilation": (2, 3), "padding": 2},
-    "conv_groups": {"groups": 3, "out_channels": 9},
-    "conv_depthwise": {"groups": 6},
-    "conv_depthwise_multiplied": {"groups": 6, "out_channels": 12},
-    "conv_1x1": {"kernel_size": 1},
-    "conv_1x1_stride": {"kernel_size": 1, "stride": 2, "bias": False},
-    "conv_reflect": {"padding": 1, "padding_mode": "reflect"},
-    "conv_everything": {
-        "kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2,
-    },
-}  # fmt: skip
-
-
-def convolution(options):
-    arguments = {"in_channels": 6, "out_channels": 6, "kernel_size": 3, **options}
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Tanh(), nn.Conv2d(**arguments))
-    return Case(model, [x for x, _ in images(3, 2)], per_sample, set())
-
-
-def conv_channels_last():
-    case = convolution({"stride": 2})
-    case.batches = [x.to(memory_format=torch.channels_last) for x in case.batches]
-    return case
-
-
-def layer_norms():
-    model = nn.Sequential(
-        nn.LayerNorm(8), nn.Linear(8, 6), nn.LayerNorm((5, 6)),
-        nn.LayerNorm(6, bias=False), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 2),
-    )  # fmt: skip
-    return Case(model, sequences(4, 3), per_sample, set())
-
-
-def layer_norm_of_vectors():
-    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 4))
-    return Case(model, vectors(4, 3), classify, set())
-
-
-def batch_norms():
-    model = nn.Sequential(
-        nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6, affine=False),
-        nn.Unflatten(1, (2, 3)), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(6, 4),
-    )  # fmt: skip
-    give_statistics(model)
-    return Case(model, vectors(4, 3), classify, set())
+    return Case(model, [torch.randn(3, 2, 5, 8), torch.randn(2, 4, 3, 8)], per_sample)
 
 
 class TokenClassifier(nn.Module):
@@ -111,7 +46,7 @@ def embedding(**options):
     batches = [(tokens, torch.randint(0, 4, (len(tokens),))) for tokens in token_ids(4, 3, 1)]
     batches[0][0][1] = 2  # one token seven times
     batches[0][0][2] = 0  # nothing but padding, where that is 0
-    return Case(TokenClassifier(**options), batches, classify, set())
+    return Case(TokenClassifier(**options), batches, classify)
 
 
 def embedding_of_padding_only():
@@ -147,19 +82,21 @@ def biases_only():
     return case
 
 
+def head_only():
+    case = convnet_with_norms()
+    case.model[:-1].requires_grad_(False)
+    return case
+
+
 def residual_in_place():
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 4)
+    def run(self, x):
+        out = self.inner(x)
+        out += x
+        out.relu_()
+        return self.outer(out)
 
-        def forward(self, x):
-            out = self.inner(x)
-            out += x
-            out.relu_()
-            return self.outer(out)
-
-    return Case(Residual(), vectors(4, 2), classify, set())
+    model = Calls(run, inner=nn.Linear(6, 6), outer=nn.Linear(6, 4))
+    return Case(model, vectors(4, 2), classify)
 
 
 def zero_head():
@@ -171,66 +108,184 @@ def zero_head():
 
 
 def called_by_keywords():
-    class Keywords(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.norm, self.conv = nn.Linear(6, 6), nn.LayerNorm(6), nn.Conv2d(1, 4, 2)
+    def run(self, x):
+        x = F.linear(bias=self.linear.bias, weight=self.linear.weight, input=x)
+        x = F.layer_norm(
+            weight=self.norm.weight, input=x, normalized_shape=[6], bias=self.norm.bias
+        )
+        x = x.view(-1, 1, 2, 3)
+        return F.conv2d(stride=2, weight=self.conv.weight, input=x, bias=self.conv.bias).flatten(1)
 
-        def forward(self, x):
-            x = F.linear(bias=self.linear.bias, weight=self.linear.weight, input=x)
-            x = F.layer_norm(
-                weight=self.norm.weight, input=x, normalized_shape=[6], bias=self.norm.bias
-            )
-            x = x.view(-1, 1, 2, 3)
-            return F.conv2d(
-                stride=2, weight=self.conv.weight, input=x, bias=self.conv.bias
-            ).flatten(1)
+    model = Calls(run, linear=nn.Linear(6, 6), norm=nn.LayerNorm(6), conv=nn.Conv2d(1, 4, 2))
+    return Case(model, vectors(4, 3), classify)
 
-    return Case(Keywords(), vectors(4, 3), classify, set())
+
+def matrix_products():
+    """Every way of writing a product with a matrix of parameters on the right."""
+
+    def run(self, x):
+        x = torch.tanh(x @ self.a)
+        x = torch.tanh(torch.matmul(x, self.b) + x.matmul(self.c))
+        x = torch.tanh(torch.mm(x, self.d) + x.mm(self.e))
+        return torch.addmm(self.shift, x, self.f) + self.offset.addmm(x, self.g)
+
+    weights = {name: parameter(6, 6) for name in "abcde"} | {n: parameter(6, 4) for n in "fg"}
+    model = Calls(run, **weights, shift=parameter(4), offset=parameter(4))
+    return Case(model, vectors(4, 3), classify)
+
+
+def matmul_over_positions():
+    model = Calls(
+        lambda self, x: torch.tanh(x @ self.matrix) @ self.head,
+        matrix=parameter(8, 6), head=parameter(6, 3),
+    )  # fmt: skip
+    return Case(model, sequences(4, 3), per_sample)
+
+
+def weight_on_the_left():
+    """``W @ x`` mixes positions, as MLP-Mixer does, or features that come as columns."""
+
+    def run(self, x):
+        return torch.matmul(self.features, torch.tanh(self.tokens @ x).mT)
+
+    model = Calls(run, tokens=parameter(4, 5), features=parameter(3, 8))
+    return Case(model, sequences(4, 3), per_sample)
+
+
+def transposed_linear():
+    """A weight that is kept as [I, O], in every way to turn it."""
+
+    def run(self, x):
+        x = F.linear(x, self.a.T) + F.linear(x, self.b.t(), self.bias)
+        return F.linear(F.linear(torch.tanh(x), self.c.transpose(0, 1)), self.d.permute(1, 0))
+
+    shapes = {"a": (8, 6), "b": (8, 6), "c": (6, 5), "d": (5, 3), "bias": (6,)}
+    model = Calls(run, **{name: parameter(*shape) for name, shape in shapes.items()})
+    return Case(model, sequences(4, 3), per_sample)
 
 
 def unused_branch():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 4)
-            self.bare = nn.Parameter(torch.randn(3))
+    def run(self, x):
+        self.unused(x)
+        return self.used(x)
 
-        def forward(self, x):
-            self.unused(x)
-            return self.used(x)
-
-    return Case(Branches(), vectors(3, 2), classify, set())
+    model = Calls(run, used=nn.Linear(6, 4), unused=nn.Linear(6, 4), bare=parameter(3))
+    return Case(model, vectors(3, 2), classify, roads={"unused*": UNUSED, "bare": UNUSED})
 
 
-def checkpointed():
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(
-                nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh()) for _ in range(2)
-            )
-            self.head = nn.Linear(6, 4)
+def touched_by_some_batches():
+    """A branch that the first batch does not take."""
 
-        def forward(self, x):
-            for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
-            return self.head(x)
+    def run(self, x):
+        return self.head(self.branch(x) if x[0, 0] > 0 else x)
 
-    return Case(Checkpointed(), vectors(4, 3), classify, set())
+    model = Calls(run, branch=nn.Linear(6, 6), head=nn.Linear(6, 4))
+    batches = vectors(3, 4, 2)
+    for (x, _), sign in zip(batches, (-1, 1, -1), strict=True):
+        x[:, 0] = sign
+    return Case(model, batches, classify)
+
+
+class Checkpointed(nn.Module):
+    """Blocks that run again in the backward."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh()) for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return self.head(x)
+
+
+def not_reentrant(model):
+    """Reentrant checkpoints have no torch.autograd.grad, and no gradient above frozen layers."""
+    model = copy.deepcopy(model)
+    model.use_reentrant = False
+    return model
+
+
+def checkpointed(use_reentrant=False):
+    return Case(Checkpointed(use_reentrant), vectors(4, 3), classify, plain=not_reentrant)
+
+
+def checkpointed_above_frozen_layers():
+    case = checkpointed(use_reentrant=True)
+    case.model.first.requires_grad_(False)
+    return case
+
+
+def checkpointed_all_the_way():
+    """Nothing trained lies outside of the checkpoints; they are nested, and share a weight."""
+
+    def run(self, x):
+        inner = functools.partial(checkpoint, self.inner, use_reentrant=False)
+        x = checkpoint(lambda x: torch.tanh(inner(torch.tanh(inner(x)))), x, use_reentrant=False)
+        return checkpoint(self.head, x, use_reentrant=False)
+
+    model = Calls(run, inner=nn.Linear(6, 6), head=nn.Linear(6, 4))
+    return Case(model, vectors(4, 3), classify)
+
+
+def tuple_of_outputs():
+    """Models that return tuples or dicts; outputs that the losses do not use."""
+
+    def run(self, x):
+        hidden = torch.tanh(self.body(x))
+        return {"logits": (self.head(hidden), hidden), "unused": self.other(hidden)}
+
+    model = Calls(run, body=nn.Linear(6, 6), head=nn.Linear(6, 4), other=nn.Linear(6, 2))
+
+    def loss_fn(model, batch):
+        logits, hidden = model(batch[0])["logits"]
+        return F.cross_entropy(logits, batch[1], reduction="none") + hidden.square().mean(1)
+
+    return Case(model, vectors(4, 3), loss_fn, roads={"other*": UNUSED})
+
+
+def losses_of_uneven_size():
+    """One sample's loss is a million times the others', another's is zero."""
+    case = mlp()
+
+    def loss_fn(model, batch):
+        scale = torch.ones(len(batch[0]), device=batch[0].device, dtype=batch[0].dtype)
+        scale[batch[1] == 1], scale[batch[1] == 2] = 1e6, 0
+        return classify(model, batch) * scale
+
+    case.batches = vectors(5, 4)
+    for _, labels in case.batches:
+        labels.copy_(torch.arange(len(labels)) % 4)
+    case.loss_fn = loss_fn
+    return case
+
+
+def samples_without_labels():
+    """Losses of -100 labels are zero; in the first batch all are but one."""
+    case = embedding()
+    case.batches = case.batches[:2]
+    case.batches[0][1][1:] = -100
+    return case
 
 
 RULED: dict[str, Callable[[], Case]] = {
     make.__name__: make
     for make in (
-        mlp, linear_over_positions, linear_over_a_grid, convnet_with_norms, conv_channels_last,
-        layer_norms, layer_norm_of_vectors, batch_norms, embedding, embedding_of_padding_only,
-        embedding_called_with_negative_padding, half_frozen, biases_only, residual_in_place,
-        zero_head, called_by_keywords, unused_branch, checkpointed,
+        mlp, linear_over_positions, linear_over_a_grid, embedding, embedding_of_padding_only,
+        embedding_called_with_negative_padding, half_frozen, biases_only, head_only,
+        residual_in_place, zero_head, called_by_keywords, matrix_products, matmul_over_positions,
+        weight_on_the_left, transposed_linear, unused_branch, touched_by_some_batches, checkpointed,
+        checkpointed_above_frozen_layers, checkpointed_all_the_way, tuple_of_outputs,
+        losses_of_uneven_size, samples_without_labels,
     )
 }  # fmt: skip
-RULED |= {name: functools.partial(convolution, options) for name, options in CONVOLUTIONS.items()}
 RULED |= {
+    "checkpointed_reentrant": functools.partial(checkpointed, use_reentrant=True),
     "embedding_padding": functools.partial(embedding, padding_idx=0),
     "embedding_padding_from_the_end": functools.partial(embedding, padding_idx=-9),
     "embedding_sparse": functools.partial(embedding, sparse=True),

@@ -1,0 +1,132 @@
+"""Scoring N samples of a whole model: fishfast against its floor and every other exact way.
+
+The floor is a plain forward and backward of the same batches, weight gradients included: what one
+pass of training costs. Peers: the batch-1 loop, torch.func's vmap, Opacus and BackPACK (see
+fisher_baselines.py); one that is not installed or does not support a model is skipped by name with
+the reason. No figure before its scores agree with a loop over single samples.
+
+A line gives time per sample, the ratio to the floor (measured in turns with it) and to fishfast,
+and peak memory: weights and buffers plus the most that the call held above them. "minimum" is
+weights, fp32 scores, and the peak of one batch's forward with its graph.
+
+    FISHFAST_BENCH=full python -m pytest bench/bench_fisher.py -s --benchmark-enable
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+from fisher_baselines import (
+    CONTENDERS,
+    FLOOR,
+    Run,
+    Unavailable,
+    check,
+    forward_backward,
+    label,
+    prepare,
+)
+from fisher_models import WORKLOADS, Workload, load
+from harness import compare, devices, full_size, peak_bytes, synchronized
+
+_SECONDS = 5.0 if full_size() else 0.1
+
+
+@pytest.mark.parametrize("contender", [FLOOR, *CONTENDERS])
+@pytest.mark.parametrize("model", WORKLOADS)
+@pytest.mark.parametrize("device", devices(), ids=str)
+def bench_scoring(benchmark: Any, contender: str, model: str, device: torch.device) -> None:
+    """Time one way to score one model."""
+    try:
+        workload = load(model, device)
+    except ImportError as error:
+        pytest.skip(f"{model}: {error}")
+    score_and_record(benchmark, contender, workload)
+
+
+def score_and_record(benchmark: Any, contender: str, workload: Workload) -> None:
+    """Check a contender, then measure it, print its line and put it into the JSON.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        contender: `FLOOR` or one of `CONTENDERS`.
+        workload: what is scored.
+
+    Raises:
+        WrongScores: its scores, or fishfast's, are not those of a loop.
+    """
+    fishfast = _timed_fishfast(workload)  # no ratio to wrong scores either
+    if contender in CONTENDERS and CONTENDERS[contender].peer:
+        workload = workload.head
+    try:
+        timed = fishfast if contender == "fishfast" else _timed(contender, workload)
+    except Unavailable as reason:
+        print(f"{label(contender):<24} {workload.title:<34} skipped: {reason}")
+        pytest.skip(f"{label(contender)} on {workload.title}: {reason}")
+    timing, device = timed.timing, workload.device
+    per_sample = timing["median_us"] / workload.num_samples
+    peak = _bytes_at_rest(workload) + peak_bytes(timed.run, device)
+    benchmark.pedantic(synchronized(timed.run, device), rounds=1)
+    figures = {
+        "us_per_sample": per_sample,
+        "percent_of_floor": 100 / timing["times_floor"],
+        "times_fishfast": timing["times_floor"] / fishfast.timing["times_floor"],
+        "peak_bytes": peak,
+        "minimum_bytes": _minimum_bytes(workload.head),
+    }
+    benchmark.extra_info.update(
+        timing,
+        **figures,
+        contender=label(contender),
+        workload=workload.title,
+        num_params=sum(p.numel() for p in workload.model.parameters()),
+        num_samples=workload.num_samples,
+        relative_error=timed.error,
+    )
+    print(
+        f"{label(contender):<24} {workload.title:<34} "
+        f"{per_sample / 1e3:>10.3f} ms/sample  {timing['times_floor']:>7.2f} x floor  "
+        f"{figures['times_fishfast']:>7.2f} x fishfast  {peak / 2**20:>9.1f} MiB  "
+        f"{peak / figures['minimum_bytes']:>6.2f} x minimum"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Timed:
+    """A contender that was right: its call, its relative error, and `harness.compare`'s figures."""
+
+    run: Run
+    error: float
+    timing: dict[str, float]
+
+
+def _timed(contender: str, workload: Workload) -> _Timed:
+    floor = forward_backward(workload)
+    run, scores = (floor, floor()) if contender == FLOOR else prepare(contender, workload)
+    error = check(contender, workload, scores)
+    del scores
+    return _Timed(run, error, compare(run, floor, workload.device, _SECONDS))
+
+
+@functools.lru_cache(maxsize=1)
+def _timed_fishfast(workload: Workload) -> _Timed:
+    return _timed("fishfast", workload)
+
+
+def _bytes_at_rest(workload: Workload) -> int:
+    return sum(t.nbytes for t in [*workload.model.parameters(), *workload.model.buffers()])
+
+
+@functools.lru_cache(maxsize=1)
+def _minimum_bytes(workload: Workload) -> int:
+    """Return the bytes of weights, fp32 scores, and the peak of the first batch's forward."""
+
+    def forward() -> Any:
+        return workload.loss_fn(workload.model, workload.batches[0])
+
+    scores = 4 * sum(p.numel() for p in workload.model.parameters())
+    return _bytes_at_rest(workload) + scores + peak_bytes(forward, workload.device)

@@ -1,0 +1,172 @@
+"""The Fisher engine's primitives, one at a time, against the ordinary weight gradient.
+
+The floor is that gradient, of the same shapes, by torch's own kernel (cuBLAS, cuDNN, MKL): a
+primitive does the same multiplications, and adds squares. "torch ops" is the best that can be done
+without a kernel, eager and compiled (see fisher_kernel_cases.py). No figure before the result
+agrees with float64.
+
+    FISHFAST_BENCH=full python -m pytest bench/bench_fisher_kernel.py -s --benchmark-enable
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fisher_baselines import WrongScores, why
+from fisher_kernel_cases import (
+    CONTENDERS,
+    Add,
+    KernelCase,
+    conv,
+    embedding,
+    layer_norm,
+    linear,
+)
+from harness import compare, devices, full_size, peak_bytes, synchronized
+
+_SECONDS = 1.0 if full_size() else 0.02
+# fp32: sums of some thousand products in another order. bf16: a baseline rounds each per-sample
+# gradient to bf16, 2**-9, before it is squared.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-7}
+
+
+Make = Callable[[torch.device, torch.dtype], KernelCase]
+
+
+def _case(make: Callable[..., KernelCase], **sizes: Any) -> Make:
+    return lambda device, dtype: make(device, dtype, **sizes)
+
+
+def _linears(tokens: int, lengths: list[int], layers: list[tuple[int, int]]) -> dict[str, Make]:
+    """Every length at the same number of rows: the floor's work is the same."""
+    return {
+        f"linear-{outputs}x{inputs}-T{length}": _case(
+            linear, batch=max(1, tokens // length), length=length, outputs=outputs, inputs=inputs
+        )
+        for outputs, inputs in layers
+        for length in lengths
+    }
+
+
+def _all(device: str) -> dict[str, Make]:
+    if device == "toy":
+        return {
+            **_linears(12, [1, 4], [(24, 16)]),
+            "linear-padded": _case(linear, batch=3, length=8, outputs=8, inputs=12, padded=True),
+            "conv3x3": _case(conv, batch=2, channels=(4, 8), side=6, kernel=3),
+            "embedding": _case(embedding, batch=3, length=8, tokens=40, width=8),
+            "layer_norm": _case(layer_norm, batch=3, length=8, width=16),
+        }
+    if device == "cpu":
+        return {
+            **_linears(1024, [1, 16, 128, 512], [(768, 768), (3072, 768)]),
+            "linear-padded": _case(
+                linear, batch=8, length=128, outputs=768, inputs=768, padded=True
+            ),
+            "conv3x3": _case(conv, batch=8, channels=(64, 64), side=56, kernel=3),
+            "conv3x3-deep": _case(conv, batch=8, channels=(256, 256), side=14, kernel=3),
+            "conv7x7": _case(conv, batch=8, channels=(3, 64), side=112, kernel=7, stride=2),
+            "depthwise": _case(conv, batch=8, channels=(96, 96), side=56, kernel=7, groups=96),
+            "embedding": _case(embedding, batch=8, length=128, tokens=30522, width=768),
+            "layer_norm": _case(layer_norm, batch=8, length=128, width=768),
+        }
+    return {
+        **_linears(
+            2**14, [1, 16, 128, 512, 2048], [(1024, 1024), (4096, 1024), (1024, 4096), (5632, 2048)]
+        ),
+        "linear-padded": _case(
+            linear, batch=128, length=128, outputs=4096, inputs=1024, padded=True
+        ),
+        "conv3x3": _case(conv, batch=64, channels=(64, 64), side=56, kernel=3),
+        "conv3x3-deep": _case(conv, batch=64, channels=(512, 512), side=7, kernel=3),
+        "conv1x1": _case(conv, batch=64, channels=(256, 64), side=56, kernel=1),
+        "conv7x7": _case(conv, batch=64, channels=(3, 64), side=224, kernel=7, stride=2),
+        "depthwise": _case(conv, batch=64, channels=(96, 96), side=56, kernel=7, groups=96),
+        "embedding": _case(embedding, batch=128, length=128, tokens=30522, width=1024),
+        "layer_norm": _case(layer_norm, batch=128, length=128, width=1024),
+    }
+
+
+_CASES = _all(("gpu" if torch.cuda.is_available() else "cpu") if full_size() else "toy")
+
+
+@functools.lru_cache(maxsize=1)
+def _made(name: str, device: torch.device) -> tuple[KernelCase, torch.dtype]:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _CASES[name](device, dtype), dtype
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("device", devices(), ids=str)
+def bench_kernel(benchmark: Any, contender: str, name: str, device: torch.device) -> None:
+    """Time one primitive, or what torch has in its place."""
+    case, dtype = _made(name, device)
+    add = case.contenders[contender]
+    if isinstance(add, str):
+        pytest.skip(f"{contender} on {case.title}: {add}")
+    if "compiled" in contender:
+        _compile(contender, case, add, device)
+    error = check(contender, case, add, _TOLERANCE[dtype], device)
+    score = torch.zeros(case.shape, device=device)
+
+    def run() -> None:
+        add(score)
+
+    timing = compare(run, case.floor, device, _SECONDS)
+    peak = peak_bytes(run, device)
+    benchmark.pedantic(synchronized(run, device), rounds=1)
+    us = timing["median_us"]
+    gb_per_s, tflops = case.num_bytes / us / 1e3, case.flops / us / 1e6
+    benchmark.extra_info.update(
+        timing, case=case.title, contender=contender, dtype=str(dtype), relative_error=error,
+        bytes=case.num_bytes, gb_per_s=gb_per_s, flops=case.flops, tflop_per_s=tflops,
+        percent_of_floor=100 / timing["times_floor"], peak_bytes=peak,
+    )  # fmt: skip
+    print(
+        f"{contender:<20} {case.title:<38} {us:>11.1f} us  {timing['times_floor']:>6.2f} x floor  "
+        f"{gb_per_s:>7.1f} GB/s  {tflops:>8.3f} TFLOP/s  {peak / 2**20:>8.1f} MiB held"
+    )
+
+
+def check(
+    contender: str, case: KernelCase, add: Add, tolerance: float, device: torch.device
+) -> float:
+    """Refuse a result that differs from float64, and one that does not add to what is there.
+
+    Args:
+        contender: its name.
+        case: the operands.
+        add: what is to be timed.
+        tolerance: of the Frobenius norm.
+        device: where the operands are.
+
+    Returns:
+        The relative error.
+
+    Raises:
+        WrongScores: the error is above the tolerance.
+    """
+    exact = case.exact()
+    before = exact.mean()
+    score = torch.full(case.shape, float(before), device=device)
+    add(score)
+    error = float((score.double() - before - exact.view(case.shape)).norm() / exact.norm())
+    if not error <= tolerance:  # NaN too
+        raise WrongScores(
+            f"{contender} is wrong on {case.title}: relative error {error:.2e}, allowed "
+            f"{tolerance:.2e}; no figure"
+        )
+    return error
+
+
+def _compile(contender: str, case: KernelCase, add: Add, device: torch.device) -> None:
+    try:
+        add(torch.zeros(case.shape, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, a Python that it does not know yet
+        pytest.skip(f"{contender} on {case.title}: {why(error)}")

@@ -1,0 +1,76 @@
+"""Where per-sample gradients become scores: f, and the backend that runs the sums."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishfast import _backend
+from fishfast.fisher import accumulate
+
+__all__ = ["Accumulator"]
+
+
+class Accumulator:
+    """Adds f of per-sample gradients to scores, in place.
+
+    Args:
+        power: 2 for squares, 1 for absolute values.
+        backend: "auto", "torch" or "triton".
+    """
+
+    def __init__(self, power: int, backend: str = "auto") -> None:
+        self.power, self.backend = power, backend
+        self._functions: dict[tuple[str, torch.device], Callable[..., None]] = {}
+
+    def f(self, values: Tensor) -> Tensor:
+        """Return the square or the absolute value."""
+        return values.square() if self.power == 2 else values.abs()
+
+    def add_samples(self, score: Tensor, grads: Tensor) -> None:
+        """Add ``sum_b f(grads[b])``."""
+        score += self.f(grads).sum(0)
+
+    def _backend_of(self, score: Tensor, operation: str) -> Callable[..., None]:
+        """Return the function that runs an operation where the score is."""
+        found = self._functions.get((operation, score.device))
+        if found is None:
+            module: Any = accumulate
+            if _backend.choose("fisher", score.device, self.backend) == "triton":
+                module = importlib.import_module(f"fishfast.kernels.fisher_{operation}")
+            found = self._functions[operation, score.device] = getattr(module, f"add_{operation}")
+        return found
+
+    def add_linear(
+        self, score: Tensor, grad: Tensor, x: Tensor, starts: Tensor | None, ends: Tensor | None
+    ) -> None:
+        """Add ``sum_b f( sum_{r in b} grad[r, o] x[r, i] )`` to ``score [O, I]``."""
+        self._backend_of(score, "linear")(score, grad, x, starts, ends, self.power)
+
+    def add_sum(
+        self,
+        score: Tensor,
+        grad: Tensor,
+        x: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+    ) -> None:
+        """Add ``sum_b f( sum_t grad (x - mean) rstd )`` to ``score [D]``."""
+        self._backend_of(score, "sum")(score, grad, x, mean, rstd, self.power)
+
+    def add_embedding(self, score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor) -> None:
+        """Add the rows of equal tokens of a sample, f of their sum, to ``score [V, D]``."""
+        self._backend_of(score, "embedding")(score, tokens, samples, grad, self.power)
+
+    def add_conv(
+        self, score: Tensor, grad: Tensor, x: Tensor, stride: tuple[int, ...],
+        padding: tuple[int, ...], dilation: tuple[int, ...], groups: int,
+    ) -> None:  # fmt: skip
+        """Add f of each sample's weight gradient to ``score [O, C / groups, kh, kw]``."""
+        self._backend_of(score, "conv")(
+            score, grad, x, stride, padding, dilation, groups, self.power
+        )

@@ -1,0 +1,222 @@
+"""Which tensors come from tracked parameters alone, and where in the parameters they lie.
+
+A layer uses its parameter as it is, as a view (a transpose, one expert of a stack) or through a few
+operations of its own (``1 + weight.float()``, ``-exp(A_log)``, weight norm). All of these are
+operands of the call that meets the data. A per-sample gradient of an operand becomes one of its
+parameters either by place, when the operand is the parameter or a view without overlap (squares
+stay squares), or by autograd, through the operations between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Operand", "Region", "Tracker", "disjoint_groups", "tensors_in"]
+
+# Backward nodes of calls that treat every element by itself.
+_BY_ELEMENT = {
+    "AddBackward0", "SubBackward0", "RsubBackward1", "MulBackward0", "DivBackward0", "NegBackward0",
+    "ExpBackward0", "SigmoidBackward0", "TanhBackward0", "SoftplusBackward0", "ToCopyBackward0",
+}  # fmt: skip
+_UNMARKED: tuple[Any, frozenset[str]] = (None, frozenset())
+
+
+class Region(NamedTuple):
+    """A part of a parameter, as strides into it."""
+
+    name: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return this part of a tensor that has the parameter's strides."""
+        if self.size == tensor.shape and self.stride == tensor.stride():
+            return tensor
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+    @property
+    def interval(self) -> tuple[int, int]:
+        """First and last element, counted in the parameter's storage."""
+        reach = sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
+        return self.offset, self.offset + reach
+
+
+class Operand(NamedTuple):
+    """What a call uses of the tracked parameters.
+
+    Attributes:
+        tensor: the parameter or a tensor computed from parameters; its graph is kept.
+        names: the parameters.
+        region: which part of the one parameter it is, or None if it was computed.
+    """
+
+    tensor: Tensor
+    names: tuple[str, ...]
+    region: Region | None
+
+
+class Tracker:
+    """Knows the tracked parameters and the tensors that are computed from them alone.
+
+    Args:
+        parameters: the tracked parameters by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._whole = {
+            name: Operand(parameter, (name,), self._region(parameter))
+            for name, parameter in parameters.items()
+        }
+
+    def name(self, tensor: Any) -> str | None:
+        """Return the name of a tracked parameter, None for any other object."""
+        return self._names.get(id(tensor))
+
+    def sources(self, tensor: Tensor) -> frozenset[str]:
+        """Return the parameters that a tensor is computed from, if from nothing else."""
+        name = self._names.get(id(tensor))
+        if name is not None:
+            return frozenset((name,))
+        # The mark carries its tracker: a tensor may outlive the scoring that marked it.
+        tracker, names = getattr(tensor, "_fishfast_sources", _UNMARKED)
+        return names if tracker is self else _UNMARKED[1]
+
+    def mark(self, results: Any, names: frozenset[str]) -> None:
+        """Remember that a call's results come from these parameters alone; none: from more."""
+        for result in tensors_in(results):
+            if result.requires_grad and self.name(result) is None:
+                result._fishfast_sources = (self, names)  # type: ignore[attr-defined]
+
+    def operand(self, tensor: Tensor) -> Operand | None:
+        """Return a tensor as an operand, None if it is no tracked one."""
+        name = self._names.get(id(tensor))
+        if name is not None:
+            return self._whole[name]
+        names = self.sources(tensor)
+        if not names:
+            return None
+        return Operand(tensor, tuple(sorted(names)), self._region(tensor))
+
+    def _region(self, tensor: Tensor) -> Region | None:
+        base = tensor if self.name(tensor) is not None else tensor._base
+        name = self.name(base)
+        if base is None or name is None or tensor.dtype != base.dtype:
+            return None
+        if not _fills_once(base) or not _fills_once(tensor):
+            return None
+        offset = int(tensor.storage_offset() - base.storage_offset())
+        return Region(name, tuple(tensor.shape), tensor.stride(), offset)
+
+    def slope(self, operand: Operand) -> Tensor | None:
+        """Return the derivative of an operand that is a function of its parameter by elements.
+
+        Gemma's ``1 + weight.float()`` and Mamba's ``-exp(A_log)`` are: each element of a sample's
+        gradient is multiplied by the element's own derivative, which can wait until the sum.
+
+        Returns:
+            fp32, of the parameter's shape; None where elements mix or may mix.
+        """
+        parameter = self.parameters[operand.names[0]]
+        if len(operand.names) > 1 or operand.tensor.shape != parameter.shape:
+            return None
+        seen: set[Any] = set()
+        stack: list[Any] = [operand.tensor.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen or hasattr(node, "variable"):
+                continue
+            if node.name() not in _BY_ELEMENT:
+                return None
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+        ones = torch.ones_like(operand.tensor)
+        return torch.autograd.grad(operand.tensor, parameter, ones, retain_graph=True)[0].float()
+
+    def pull_back(self, operand: Operand, grads: Tensor) -> dict[str, Tensor]:
+        """Return per-sample gradients of an operand's parameters.
+
+        Args:
+            operand: what the gradients are of.
+            grads: ``[samples, *operand.tensor.shape]``.
+
+        Returns:
+            Name -> fp32 ``[samples, *parameter.shape]``; parameters without influence are left out.
+        """
+        if operand.region is not None:
+            name = operand.region.name
+            full = _zeros_with_strides(self.parameters[name], len(grads))
+            for target, grad in zip(full, grads, strict=True):
+                operand.region.of(target).copy_(grad)
+            return {name: full}
+        inputs = [self.parameters[name] for name in operand.names]
+        grads = grads.to(operand.tensor.dtype)
+        rows = [
+            torch.autograd.grad(operand.tensor, inputs, grad, retain_graph=True, allow_unused=True)
+            for grad in grads
+        ]
+        return {
+            name: torch.stack([row[i] for row in rows]).float()
+            for i, name in enumerate(operand.names)
+            if rows[0][i] is not None
+        }
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among a call's arguments or results, in lists and dicts too."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(tuple(values.values()))
+
+
+def _fills_once(tensor: Tensor) -> bool:
+    """Whether no two elements share a place (sufficient: each stride clears the dims below it)."""
+    end = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= end:
+                return False
+            end += stride * (size - 1)
+    return True
+
+
+def _zeros_with_strides(parameter: Tensor, samples: int) -> Tensor:
+    like = torch.zeros_like(parameter, dtype=torch.float32)  # keeps the strides of a dense tensor
+    if samples == 1:
+        return like.unsqueeze(0)
+    return torch.zeros(samples, like.numel(), device=like.device).as_strided(
+        (samples, *like.shape), (like.numel(), *like.stride())
+    )
+
+
+def disjoint_groups(regions: Iterable[Region | None]) -> list[int]:
+    """Number the uses of one parameter so that uses with one number must be summed first.
+
+    Args:
+        regions: of each use; one without a region overlaps all.
+
+    Returns:
+        A number for each use; different ones where intervals do not overlap.
+    """
+    regions = list(regions)
+    if any(region is None for region in regions):
+        return [0] * len(regions)
+    intervals = [region.interval for region in regions if region is not None]
+    groups = [0] * len(intervals)
+    group, end = -1, -1
+    for i in sorted(range(len(intervals)), key=lambda i: intervals[i]):
+        if intervals[i][0] > end:
+            group += 1
+        end = max(end, intervals[i][1])
+        groups[i] = group
+    return groups

@@ -1,0 +1,93 @@
+"""Turns the gradients of intercepted calls into scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishfast.fisher.accumulator import Accumulator
+from fishfast.fisher.audit import Audit, Group
+from fishfast.fisher.operands import Operand, Tracker
+from fishfast.fisher.rules import EmbeddingRule
+from fishfast.fisher.together import add_tied_head, add_together
+from fishfast.fisher.uses import LinearUse, Use
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Adds the calls of one backward to the scores.
+
+    Args:
+        tracker: the tracked parameters.
+        scores: fp32 accumulators by name, added to in place.
+        add: f, and what runs the sums.
+        found: the calls, and which of their uses are summed before the square.
+
+    Attributes:
+        unresolved: calls with a gradient whose rows are not known; nothing was added for them.
+        only: the groups of uses to record, by identity; None: all.
+    """
+
+    def __init__(
+        self, tracker: Tracker, scores: Mapping[str, Tensor], add: Accumulator, found: Audit
+    ) -> None:
+        self.tracker, self.scores, self.add = tracker, scores, add
+        self.found = found
+        self.unresolved: list[Any] = []
+        self.only: set[int] | None = None
+        self._waiting: dict[int, list[tuple[Operand, Use]]] = {}
+        self._skipped: set[int] = set()
+
+    def observe(self, node: Any, x: Tensor | None, grad: Tensor) -> None:
+        """Record one call."""
+        groups = self.found.groups.get(node, ())
+        if node.rows is None:
+            if bool(grad.any()):
+                self.unresolved.append(node)
+                self._skipped.update(id(group) for group in groups)
+            return
+        for i, group in enumerate(groups):
+            if group is None or (self.only is not None and id(group) not in self.only):
+                continue
+            operand, use = node.operands[i], node.rule.use(i, x, grad, node.rows)
+            if len(group) == 1:
+                self._add([(operand, use)])
+                continue
+            if isinstance(use, LinearUse) and (tokens := self._tokens_of_tied(node, group)):
+                score = operand.region.of(self.scores[operand.region.name])
+                use = add_tied_head(score, use, *tokens, self.add)
+            waiting = self._waiting.setdefault(id(group), [])
+            waiting.append((operand, use))
+            if len(waiting) == len(group) and id(group) not in self._skipped:
+                self._add(self._waiting.pop(id(group)))
+
+    def _tokens_of_tied(self, node: Any, group: Group) -> tuple[Tensor, Tensor] | None:
+        """Return tokens and samples if all other uses of a head's weight are embeddings."""
+        looked_up = []
+        for other, j in group:
+            if other is node:
+                continue
+            whole = (
+                other.operands[j].region is not None
+                and other.operands[j].region == node.operands[0].region
+            )
+            if not whole or not isinstance(other.rule, EmbeddingRule) or other.rows is None:
+                return None
+            looked_up.append(other.rule.tokens_of(other.rows))
+        tokens, samples = (torch.cat(parts) for parts in zip(*looked_up, strict=True))
+        return tokens, samples
+
+    def finish(self) -> set[int]:
+        """Add what was waiting for uses that had no gradient; return the groups left out."""
+        for group, waiting in self._waiting.items():
+            if group not in self._skipped and waiting:
+                self._add(waiting)
+        self._waiting.clear()
+        return self._skipped
+
+    def _add(self, uses: list[tuple[Operand, Use]]) -> None:
+        add_together(uses, self.tracker, self.scores.__getitem__, self.add)

@@ -1,0 +1,36 @@
+"""How functions use their weights: one rule for each, by function.
+
+A rule runs the call, gives the gradient of its input, and describes what the per-sample gradient of
+its weight and bias is made of (see uses.py). Elementwise calls need none: `broadcast` expands the
+operand to the call's shape, and autograd does the rest. Any other call with a weight of its own
+becomes a parameter for the fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fishfast.fisher.rules.broadcast import BROADCASTING, BroadcastRule
+from fishfast.fisher.rules.conv import CONV_RULES
+from fishfast.fisher.rules.embedding import EMBEDDING_RULES, EmbeddingRule
+from fishfast.fisher.rules.linear import LINEAR_RULES, LinearRule
+from fishfast.fisher.rules.norm import NORM_RULES
+from fishfast.fisher.rules.rule import Rule, autocast_input
+
+__all__ = [
+    "BROADCASTING",
+    "RULES",
+    "BroadcastRule",
+    "EmbeddingRule",
+    "LinearRule",
+    "Rule",
+    "autocast_input",
+]
+
+RULES: dict[Callable[..., Any], type[Rule]] = {
+    **LINEAR_RULES,
+    **EMBEDDING_RULES,
+    **CONV_RULES,
+    **NORM_RULES,
+}

@@ -1,0 +1,84 @@
+"""What a rule is: how one function uses its weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishfast.fisher.rows import Rows
+from fishfast.fisher.uses import Use
+
+__all__ = ["Rule"]
+
+
+class Rule(ABC):
+    """One call of a function with an input and up to two operands (weight and bias).
+
+    Attributes:
+        x: the input.
+        operands: the call's weight and bias; None where it has none.
+        options: the other arguments by name.
+    """
+
+    # The function's argument names in order, by which positional arguments are found.
+    arguments: tuple[str, ...] = ()
+    # Whether autocast runs the function in its lower precision.
+    in_low_precision = False
+
+    def __init__(self, func: Callable[..., Any], call: dict[str, Any]) -> None:
+        self.func = func
+        self.x: Tensor = call.pop("input")
+        self.operands: tuple[Tensor | None, ...] = (
+            call.pop("weight", None),
+            call.pop("bias", None),
+        )
+        self.options = call
+
+    @classmethod
+    def bind(
+        cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Rule | None:
+        """Return the rule for a call, or None if it is not exact for it."""
+        call = {**dict(zip(cls.arguments, args, strict=False)), **kwargs}
+        if not isinstance(call.get("input"), Tensor):
+            return None
+        rule = cls(func, call)
+        return rule if rule.is_exact() else None
+
+    @abstractmethod
+    def is_exact(self) -> bool:
+        """Return whether shapes and options are those that the rule covers."""
+
+    @abstractmethod
+    def num_lead(self, x: Tensor) -> int:
+        """Return how many leading dims of the input and the output count rows."""
+
+    def forward(self, x: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Run the call."""
+        return self.func(x, weight=weight, bias=bias, **self.options)
+
+    @abstractmethod
+    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+        """Return the gradient of the input."""
+
+    @abstractmethod
+    def use(self, index: int, x: Tensor, grad: Tensor, rows: Rows) -> Use:
+        """Return the use of operand ``index``."""
+
+    def shape(self, index: int) -> torch.Size:
+        """Return the shape of operand ``index``."""
+        operand = self.operands[index]
+        assert operand is not None
+        return operand.shape
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """Return what autocast gives a matrix product: saved for the backward in half the memory."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

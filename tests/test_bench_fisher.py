@@ -1,0 +1,239 @@
+"""The Fisher benchmarks refuse figures of wrong scores, and skip peers by name with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+_BENCH = Path(__file__).parents[1] / "bench"
+_CPU = torch.device("cpu")
+
+# What a peer cannot score, and a piece of the reason. Everything else, if it is installed, agrees
+# with the loop.
+_UNSUPPORTED = {
+    ("Opacus", "resnet"): "BatchNorm2d",
+    ("BackPACK", "bert"): "no rule for LayerNorm",
+    ("BackPACK", "llama"): "no rule for LlamaRMSNorm",
+    ("BackPACK", "resnet"): "modified inplace",
+}
+
+
+class _Benchmark:
+    """Stands for pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.rounds = 0
+
+    def pedantic(self, run: Any, rounds: int) -> None:
+        self.rounds += rounds
+        run()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that imports a module of bench/ at toy size."""
+    monkeypatch.setenv("FISHFAST_BENCH", "toy")
+    monkeypatch.syspath_prepend(str(_BENCH))
+
+    def load(name: str) -> ModuleType:
+        module = importlib.import_module(name)
+        assert Path(module.__file__ or "").parent == _BENCH
+        return module
+
+    return load
+
+
+@pytest.fixture
+def workload(bench: Any) -> Any:
+    """A workload that nothing was measured on yet."""
+    return dataclasses.replace(bench("fisher_models").load("convnet", _CPU))
+
+
+def _square_of_the_batch(workload: Any) -> dict[str, Tensor]:
+    """The commonest mistake."""
+    scores = {name: torch.zeros_like(p) for name, p in workload.model.named_parameters()}
+    for batch in workload.batches:
+        workload.model.zero_grad()
+        workload.loss_fn(workload.model, batch).sum().backward()
+        for name, p in workload.model.named_parameters():
+            scores[name] += p.grad.square()
+    return scores
+
+
+def _right(workload: Any) -> dict[str, Tensor]:
+    from fisher_baselines import CONTENDERS
+
+    return dict(CONTENDERS["batch-1 loop"].build(workload)())
+
+
+def _two_percent_off(workload: Any) -> dict[str, Tensor]:
+    return {name: 1.02 * values for name, values in _right(workload).items()}
+
+
+def _one_forgotten(workload: Any) -> dict[str, Tensor]:
+    return {name: values for name, values in _right(workload).items() if name != "0.bias"}
+
+
+def _one_nan(workload: Any) -> dict[str, Tensor]:
+    scores = _right(workload)
+    scores["0.bias"][0] = torch.nan
+    return scores
+
+
+def _plant(bench: Any, monkeypatch: pytest.MonkeyPatch, name: str, score: Any) -> None:
+    baselines = bench("fisher_baselines")
+    planted = dataclasses.replace(
+        baselines.CONTENDERS[name], build=lambda workload: lambda: score(workload)
+    )
+    monkeypatch.setitem(baselines.CONTENDERS, name, planted)
+
+
+@pytest.mark.parametrize("contender", ["fishfast", "torch.func vmap"])
+@pytest.mark.parametrize(
+    "wrong", [_square_of_the_batch, _two_percent_off, _one_forgotten, _one_nan]
+)
+def test_a_wrong_contender_gets_no_figure(
+    bench: Any, workload: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, contender: str,
+    wrong: Any,
+) -> None:  # fmt: skip
+    _plant(bench, monkeypatch, contender, wrong)
+    benchmark = _Benchmark()
+    with pytest.raises(
+        bench("fisher_baselines").WrongScores, match=rf"^{contender} (is wrong|gave no scores)"
+    ):
+        bench("bench_fisher").score_and_record(benchmark, contender, workload)
+    assert capsys.readouterr().out == ""
+    assert (benchmark.extra_info, benchmark.rounds) == ({}, 0)
+
+
+def test_no_ratio_to_wrong_scores(
+    bench: Any, workload: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    _plant(bench, monkeypatch, "fishfast", _square_of_the_batch)
+    with pytest.raises(bench("fisher_baselines").WrongScores, match="^fishfast is wrong"):
+        bench("bench_fisher").score_and_record(_Benchmark(), "batch-1 loop", workload)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_floor_is_checked(
+    bench: Any, workload: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    bench_fisher = bench("bench_fisher")
+    monkeypatch.setattr(bench_fisher, "forward_backward", lambda _: lambda: {})
+    floor = bench("fisher_baselines").FLOOR
+    with pytest.raises(bench("fisher_baselines").WrongScores, match="gave no scores"):
+        bench_fisher.score_and_record(_Benchmark(), floor, workload)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("contender", ["forward + backward", "fishfast", "batch-1 loop"])
+def test_a_right_contender_gets_a_line(
+    bench: Any, workload: Any, capsys: Any, contender: str
+) -> None:
+    benchmark = _Benchmark()
+    bench("bench_fisher").score_and_record(benchmark, contender, workload)
+    line = capsys.readouterr().out
+    assert line.startswith(bench("fisher_baselines").label(contender))
+    for unit in ("ms/sample", "x floor", "x fishfast", "MiB"):
+        assert unit in line
+    figures = benchmark.extra_info
+    assert figures["relative_error"] < 1e-5
+    weights = sum(p.nbytes for p in workload.model.parameters())
+    assert figures["peak_bytes"] > 1.5 * weights  # the weights and something as large beside them
+    samples = workload.head if contender == "batch-1 loop" else workload
+    assert figures["num_samples"] == samples.num_samples
+
+
+@pytest.mark.parametrize("peer", ["torch.func vmap", "Opacus", "BackPACK"])
+@pytest.mark.parametrize("model", ["bert", "llama", "resnet", "convnet"])
+# Theirs: how they hook modules.
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_a_peer_agrees_or_says_why_not(bench: Any, model: str, peer: str) -> None:
+    baselines = bench("fisher_baselines")
+    package = baselines.CONTENDERS[peer].package
+    if bench("harness").version(package) is None:
+        pytest.skip(f"{package} is not installed")
+    workload = bench("fisher_models").load(model, _CPU)
+    if (peer, model) in _UNSUPPORTED:
+        with pytest.raises(baselines.Unavailable, match=_UNSUPPORTED[peer, model]):
+            baselines.prepare(peer, workload)
+    else:
+        _, scores = baselines.prepare(peer, workload)
+        assert baselines.check(peer, workload, scores) < 1e-5
+
+
+def test_a_peer_that_is_not_installed_is_skipped_by_name(
+    bench: Any, workload: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    benchmark = _Benchmark()
+    with pytest.raises(pytest.skip.Exception, match="^Opacus.* on convnet .*: not installed"):
+        bench("bench_fisher").score_and_record(benchmark, "Opacus", workload)
+    assert benchmark.extra_info == {}
+
+
+def test_our_own_failure_is_no_skip(
+    bench: Any, workload: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Any) -> Any:
+        raise NotImplementedError("planted")
+
+    _plant(bench, monkeypatch, "fishfast", broken)
+    with pytest.raises(NotImplementedError, match="planted"):
+        bench("bench_fisher").score_and_record(_Benchmark(), "fishfast", workload)
+
+
+def _token_squares(grad: Tensor, x: Tensor, score: Tensor) -> None:
+    score += grad.flatten(0, 1).square().T @ x.flatten(0, 1).square()
+
+
+def _overwrites(grad: Tensor, x: Tensor, score: Tensor) -> None:
+    score.copy_((grad.mT @ x).square().sum(0))
+
+
+def _right_squares(grad: Tensor, x: Tensor, score: Tensor) -> None:
+    score += (grad.mT @ x).square().sum(0)
+
+
+@pytest.mark.parametrize("add", [_token_squares, _overwrites, _right_squares])
+def test_a_wrong_kernel_gets_no_figure(bench: Any, add: Any) -> None:
+    grad, x = torch.randn(3, 5, 4), torch.randn(3, 5, 6)
+    case = bench("fisher_kernel_cases").KernelCase(
+        title="linear 4x6", shape=(4, 6), floor=lambda: None, contenders={}, flops=0, num_bytes=0,
+        exact=lambda: (grad.double().mT @ x.double()).square().sum(0),
+    )  # fmt: skip
+    check, wrong = bench("bench_fisher_kernel").check, bench("fisher_baselines").WrongScores
+    arguments = ("planted", case, lambda score: add(grad, x, score), 1e-4, _CPU)
+    if add is _right_squares:
+        assert check(*arguments) < 1e-6
+    else:
+        with pytest.raises(wrong, match=r"planted is wrong on linear 4x6: .* no figure"):
+            check(*arguments)
+
+
+def test_peak_memory_counts_what_is_held_at_once(bench: Any) -> None:
+    def two_of_three() -> None:
+        first = torch.ones(2**18)
+        second = torch.ones(2**18)
+        del first
+        torch.ones(2**18) + second[0]
+
+    peak = bench("harness").peak_bytes(two_of_three, _CPU)
+    assert peak == pytest.approx(3 * 2**20, abs=2**10)  # MiB: second, the third, and their sum
+
+
+def test_sizes_are_toy_or_full(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = bench("harness")
+    assert not harness.full_size()
+    monkeypatch.setenv("FISHFAST_BENCH", "large")
+    with pytest.raises(ValueError, match="FISHFAST_BENCH must be 'toy' or 'full'; got 'large'"):
+        harness.full_size()

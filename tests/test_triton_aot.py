@@ -1,0 +1,156 @@
+"""Every configuration that can be launched compiles: no spills, shared memory that the card has.
+
+The launches are recorded from the primitives themselves, over shapes that reach every configuration
+of their tables, and layouts from all aligned to nothing aligned.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from triton_cpu.ahead_of_time import compile_all, record
+
+pytest.importorskip("triton")
+
+from fishfast.kernels import fisher_conv, fisher_embedding, fisher_linear, fisher_sum, launch  # noqa: E402
+
+# Bytes of shared memory that one program may have.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PRECISIONS = ["highest", "high"]
+
+
+@pytest.fixture(autouse=True)
+def _h200(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "num_sms", lambda device: 132)
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def check(launches, num_expected) -> list:
+    """Compile; ``num_expected`` says that the recorder saw what the test meant it to see."""
+    launches = list(dict.fromkeys(launches))
+    assert len(launches) == num_expected
+    usages = compile_all(launches)
+    assert len(usages) == num_expected * len(SHARED)
+    for usage in usages:
+        what = f"{usage.launch} for sm_{usage.architecture}"
+        assert usage.stack_bytes == 0, f"spills {usage.stack_bytes} bytes: {what}"
+        assert 0 < usage.registers <= 255, what
+        assert usage.shared_bytes <= SHARED[usage.architecture], what
+    return usages
+
+
+def configs_of(launches, config):
+    """The tables' entries that were reached: constants in the order of the kernels' arguments."""
+    blocks = [name for name in config._fields if name.startswith("block")]
+    reached = set()
+    for one in launches:
+        constants = [value for path, value in one.constants if len(path) == 1]
+        reached.add((*constants[-len(blocks) :], dict(one.options)["num_warps"]))
+    return reached
+
+
+def table_of(configs):
+    return {(*(v for k, v in c._asdict().items() if "block" in k), c.num_warps) for c in configs}
+
+
+def precisions(dtype):
+    """What the user may have set, where it matters."""
+    for precision in PRECISIONS if dtype == torch.float32 else PRECISIONS[:1]:
+        torch.set_float32_matmul_precision(precision)
+        yield precision
+
+
+def test_linear() -> None:
+    launches = []
+    for dtype, side, rows in itertools.product(DTYPES, (64, 128, 50), (100, 24)):
+        grad = torch.zeros(2 * rows, side, dtype=dtype)
+        bounds = torch.tensor([0, rows]), torch.tensor([rows, 2 * rows])
+        for _ in precisions(dtype):
+            for starts, power in itertools.product((bounds, (None, None)), (1, 2)):
+                launches += record(
+                    fisher_linear,
+                    ["samples_kernel", "rows_kernel"],
+                    lambda: fisher_linear.add_linear(
+                        torch.zeros(side, side), grad, grad, *starts, power
+                    ),
+                )
+    tables = [*fisher_linear.SAMPLES_CONFIGS.values(), fisher_linear.ROWS_CONFIGS.values()]
+    reached = configs_of(launches, fisher_linear.Config)
+    assert reached == table_of(itertools.chain(*tables))
+    usages = check(launches, 24)
+    pipelined = 0
+    for usage in usages:
+        constants = dict(usage.launch.constants)
+        if usage.launch.kernel == "samples_kernel" and 128 in constants.values():
+            signature = dict(usage.launch.signature)
+            if usage.architecture == 90 and signature["grad_ptr"] != "*fp32":
+                # Products run while the next operands are being copied.
+                assert "wgmma.mma_async" in usage.ptx
+                assert "wgmma.wait_group.sync.aligned 1" in usage.ptx
+                assert "cp.async" in usage.ptx
+                pipelined += 1
+    assert pipelined == 4
+
+
+def sum_operands(dtype):
+    """Contiguous features, contiguous positions, neither; aligned and not."""
+    for size in (128, 67):
+        for positions in (3, 64, size + 64):
+            yield torch.zeros(2, positions, size, dtype=dtype)
+            yield torch.zeros(2, size, positions, dtype=dtype).transpose(1, 2)
+    yield torch.zeros(2, 64, 70, dtype=dtype)[:, :, ::2]
+
+
+def test_sum() -> None:
+    launches = []
+    for dtype in DTYPES:
+        for x in sum_operands(dtype):
+            mean = torch.zeros(2, x.shape[1], 1)
+            for operands in ((None,) * 3, (x, None, None), (x, None, mean), (x, mean, mean)):
+                launches += record(
+                    fisher_sum,
+                    ["sum_kernel"],
+                    lambda: fisher_sum.add_sum(torch.zeros(x.shape[2]), x, *operands, 2),
+                )
+    reached = configs_of(launches, fisher_sum.Config)
+    assert reached == table_of(fisher_sum.CONFIGS.values())
+    check(launches, 3 * 4 * 13)
+
+
+def test_embedding() -> None:
+    launches = []
+    rows = torch.zeros(4, dtype=torch.int64)
+    for dtype, size, transposed in itertools.product(DTYPES, (64, 67), (False, True)):
+        score = torch.zeros(size, 3).T if transposed else torch.zeros(3, size)
+        grad = torch.zeros(4, size, dtype=dtype)
+        launches += record(
+            fisher_embedding,
+            ["embedding_kernel"],
+            lambda: fisher_embedding.add_embedding(score, rows, rows, grad, 2),
+        )
+    check(launches, 3 * 2 * 2)
+
+
+def test_conv() -> None:
+    launches = []
+    layouts = [torch.contiguous_format, torch.channels_last]
+    for dtype, (channels, num_out, size), layout in itertools.product(
+        DTYPES, [(16, 128, 18), (16, 16, 18), (7, 67, 9), (7, 5, 9)], layouts
+    ):
+        x = torch.zeros(2, channels, size, size, dtype=dtype).contiguous(memory_format=layout)
+        grad = torch.zeros(2, num_out, size - 2, size - 2, dtype=dtype)
+        for _ in precisions(dtype):
+            launches += record(
+                fisher_conv,
+                ["conv_kernel"],
+                lambda: fisher_conv.add_conv(
+                    torch.zeros(num_out, channels, 3, 3), grad, x, (1, 1), (0, 0), (1, 1), 1, 2
+                ),
+            )
+    assert configs_of(launches, fisher_conv.Config) == table_of(fisher_conv.CONFIGS.values())
+    check(launches, 32)

@@ -1,0 +1,86 @@
+"""A process in which kernels run under Triton's interpreter, and the tests' end of the line to it.
+
+A call names a function of a module; its tensors travel there with their strides and come back as the
+function left them. Uninitialised memory is NaN there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import multiprocessing
+import os
+import pickle
+from typing import Any
+
+
+class InWorker(RuntimeError):
+    """An exception in the worker, with its text."""
+
+
+class Worker:
+    """The tests' end: starts the process, and ends it with the tests."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.line, other = context.Pipe()
+        process = context.Process(target=_serve, args=(other,), daemon=True)
+        settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)  # the child inherits them
+        try:
+            process.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+        other.close()
+        atexit.register(process.kill)
+
+    def call(self, module: str, function: str, args: tuple[Any, ...], num_sms: int):
+        """Return the result, the arguments as they are after the call, and what was checked."""
+        self.line.send_bytes(pickle.dumps((module, function, args, num_sms)))
+        succeeded, answer = pickle.loads(self.line.recv_bytes())
+        if not succeeded:
+            raise InWorker(answer)
+        return answer
+
+
+@functools.cache
+def worker() -> Worker:
+    return Worker()
+
+
+def _serve(line) -> None:
+    import torch
+
+    from triton_cpu import checker, interpreter_bf16
+
+    torch.use_deterministic_algorithms(True)  # also fills what torch.empty makes with NaN
+    torch.set_num_threads(1)
+    interpreter_bf16.install()
+    checker.install()
+    while True:
+        try:
+            request = line.recv_bytes()
+        except EOFError:
+            return
+        try:
+            answer = (True, _answer(*pickle.loads(request)))
+        except Exception as error:
+            answer = (False, f"{type(error).__name__}: {error}")
+        line.send_bytes(pickle.dumps(answer))
+
+
+def _answer(module: str, function: str, args: tuple[Any, ...], num_sms: int):
+    from fishfast.kernels import launch
+
+    from triton_cpu import checker
+
+    launch.num_sms = lambda device: num_sms
+    checker.num_checked.update(launches=0, loads=0, stores=0)
+    result = getattr(importlib.import_module(module), function)(*args)
+    return result, args, dict(checker.num_checked)
