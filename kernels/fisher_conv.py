@@ -41,7 +41,7 @@ CONFIGS = {
     "channels_last": Config(128, 128, 32, 8, 3, 1),
     # Element by element: few registers, so that programs take turns while the others wait.
     "half": Config(64, 64, 32, 8, 3, 2),
-    "single": Config(64, 64, 16, 8, 3, 2),
+    "single": Config(64, 32, 16, 4, 3, 4),
     # Up to 16 output channels in a group.
     "narrow": Config(16, 64, 32, 4, 3, 4),
 }

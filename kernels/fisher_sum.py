@@ -31,14 +31,18 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# 4096 values a step: with a few programs on each multiprocessor, enough bytes are under way.
+# 8 values a thread: with more, the addresses of four operands crowd the registers. What hides the
+# wait for memory is programs, several on each multiprocessor.
 CONFIGS = {
-    "features": Config(1, 64, 64, 4),
+    "features": Config(1, 16, 64, 8),
     # Positions are contiguous: few features, so that few samples still make many programs.
-    "positions": Config(1, 256, 16, 4),
-    "short": Config(8, 8, 64, 4),
+    "positions": Config(1, 64, 16, 8),
+    "short": Config(4, 4, 64, 8),
 }
-_PROGRAMS_PER_SM = 8
+_PROGRAMS_PER_SM = 4
+# What a thread may have with two programs on a multiprocessor. Without this bound the assembler aims
+# at more programs, and spills a few registers for it.
+_MAX_REGISTERS = 64
 
 
 @triton.jit
@@ -120,7 +124,7 @@ def add_sum(
     if grad.numel() == 0:
         return
     num_samples, num_positions, num_features = grad.shape
-    if num_positions < 24:
+    if num_positions < 16:
         config = CONFIGS["short"]
     elif num_positions >= 128 and grad.stride(1) == 1 and grad.stride(2) != 1:
         config = CONFIGS["positions"]
@@ -156,6 +160,7 @@ def add_sum(
             BLOCK_T=config.block_t,
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
+            maxnreg=_MAX_REGISTERS,
             enable_fp_fusion=True,
         )
     score += out.sum(0)

@@ -47,7 +47,7 @@ def fisher_by_loop(model, batches, loss_fn, take, *, power=2, dtype=torch.float6
     return total
 
 
-def fisher_by_backwards(model, batches, loss_fn):
+def fisher_by_backwards(model, batches, loss_fn, power=2):
     """Per-sample Fisher as plain torch makes it of whole batches: one backward per sample.
 
     The reference where precision is low: a forward of one sample rounds differently from one of a
@@ -59,7 +59,7 @@ def fisher_by_backwards(model, batches, loss_fn):
         for loss in loss_fn(model, batch):
             grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
             for name, grad in zip(total, grads, strict=True):
-                total[name] += grad.double().numpy() ** 2
+                total[name] += np.abs(grad.double().numpy()) ** power
     return total
 
 

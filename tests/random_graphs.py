@@ -183,8 +183,8 @@ ORDERS = [*REARRANGED, "step by step", "sample by sample", "routed", "routed by 
 NEEDS_TIME = {"positions", "positions looked up", "class token"}
 ORDERS_WITH_TIME = ["plain", "sample by sample", "backwards"]
 ORDERS_OF_CONV = ["plain", "sample by sample", "windows", "grid", "backwards"]
-# These norms' statistics are taken over the dims between the first and the last.
-ORDERS_OF_IMAGES = {"conv": ORDERS_OF_CONV, "group norm": ORDERS_OF_CONV}
+# These look at the dims between the first and the last as an image.
+ORDERS_OF_IMAGES = dict.fromkeys(["conv", "group norm", "batch norm"], ORDERS_OF_CONV)
 
 
 def orders_of(op: str) -> list[str]:

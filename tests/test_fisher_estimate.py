@@ -53,9 +53,9 @@ def assert_same_scores(one, other):
          "loss_fn goes with fisher_type='empirical'; got fisher_type='exact', whose labels come"),
         ({**SAMPLED, "loss_fn": classify}, ValueError, "got fisher_type='sampled', whose labels"),
         ({**EXACT, "outputs_fn": "logits"}, TypeError, "outputs_fn must be a function; got str"),
-        ({"fisher_type": "exact", "head": "softmax"}, ValueError, "and goes with outputs_fn; got"),
+        ({"fisher_type": "exact", "head": "softmax"}, ValueError, "head goes with outputs_fn; got head="),
         ({**EXACT, "head": "logistic"}, ValueError,
-         "head must be one of 'softmax', 'sigmoid', 'gaussian', 'tokens' .*; got 'logistic'"),
+         "head must be one of 'softmax', 'sigmoid', 'gaussian', 'tokens'; got 'logistic'"),
         ({**EXACT, "num_label_samples": 2}, ValueError,
          "num_label_samples goes with fisher_type='sampled'; got 2 with 'exact'"),
         ({"loss_fn": classify, "num_label_samples": 2}, ValueError, "got 2 with 'empirical'"),
@@ -74,7 +74,7 @@ def assert_same_scores(one, other):
         ({"loss_fn": classify, "resume_path": "none/f"}, FileNotFoundError,
          "the folder of 'none/f' must exist"),
         ({"loss_fn": classify, "resume_path": "f", "save_every": -1}, ValueError,
-         "must be at least 0; got -1"),
+         "save_every must be at least 0 seconds; got -1"),
     ],
 )  # fmt: skip
 def test_arguments_are_checked(arguments, error, text, tmp_path, monkeypatch):

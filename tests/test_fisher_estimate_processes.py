@@ -36,11 +36,11 @@ def cases(rank, folder):
         "empirical": {"batches": own, "loss_fn": classify},
         "absolute": {"batches": own, "loss_fn": classify, "power": 1},
         "exact": {"batches": own, "fisher_type": "exact", "outputs_fn": first},
-        "sampled": {"batches": own, **sampled, "seed": rank, "num_label_samples": 2},
+        "sampled": {"batches": own, **sampled, "seed": 0, "num_label_samples": 2},
         "some samples": {"batches": own, "loss_fn": classify, "num_samples": 3 + rank},
         "one without data": {"batches": own if rank == 0 else [], "loss_fn": classify},
         "resumed": {
-            "batches": own, **sampled, "seed": rank,
+            "batches": own, **sampled, "seed": 0,
             "resume_path": f"{folder}/running {rank}.safetensors",
         },
     }  # fmt: skip

@@ -51,11 +51,25 @@ def test_exact_per_sample(name, power):
     assert fisher.num_samples == sum(len(samples_of(case, batch)) for batch in case.batches)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameter", "reason"),
+    [
+        ("custom_function", "inner.weight", "used by scaled, which has no rule for it"),
+        ("custom_function", "inner.bias", "used by addmm, which has no rule for it"),
+        ("other_layers", "act.weight", "the gradient of one loss reaches several rows of its call"),
+    ],
+)
+def test_the_report_says_why_something_is_not_batched(name, parameter, reason):
+    fisher = score(CASES[name]())
+    assert fisher.fallback[parameter] == reason
+    assert reason in fisher.report()
+
+
 LOW_PRECISION = [
-    "mlp", "embedding", "tied_with_padding", "called_twice", "convnet_with_norms", "conv_everything",
-    "conv1d", "layer_norms", "rms_norms", "group_norms", "rms_norms_as_products", "bare_parameters",
-    "layer_scales", "flattened_time_first", "transformer_layer", "class_tokens_expand", "lstm",
-    "experts_in_a_loop", "experts_grouped", "other_layers",
+    "mlp", "embedding", "tied_with_padding", "called_twice", "convnet_with_norms",
+    "conv_everything", "conv1d", "layer_norms", "rms_norms", "group_norms", "rms_norms_as_products",
+    "bare_parameters", "layer_scales", "flattened_time_first", "transformer_layer",
+    "class_tokens_expand", "lstm", "experts_in_a_loop", "experts_grouped", "other_layers",
 ]  # fmt: skip
 
 
@@ -66,7 +80,7 @@ def test_other_dtypes_have_fp32_scores(name, dtype):
     exact, plain = truth(case), truth(case, dtype)
     case.model.to(dtype)
     case.batches = [oracle.in_dtype(batch, dtype) for batch in case.batches]
-    # Half precision: one unit of the dtype in a gradient, squared, on top of twice the loop's error.
+    # Half precision: one unit in a gradient, squared, on top of twice the loop's error.
     rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-6}[dtype]
     fisher = score(case)
     assert_as_exact_as_a_loop(fisher, exact, plain, rounding=rounding)
@@ -137,7 +151,7 @@ def test_a_gradient_penalty_is_exact():
     fisher = score(case)
     assert_as_exact_as_a_loop(fisher, truth(case), truth(case, torch.float32))
     assert set(fisher.fallback) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert "create_graph=True" in fisher.fallback["0.weight"]
+    assert "takes gradients itself" in fisher.fallback["0.weight"]
 
 
 def test_compiled_models_are_scored_exactly():

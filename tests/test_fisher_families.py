@@ -44,6 +44,9 @@ def test_whole_models(kind):
 
     assert set(fisher.fallback) == case.fallback
     assert bool(fisher.passes["fallback"]) == bool(case.fallback)
+    if kind in DENSE:  # one backward for each batch; rows are looked at in the first one only
+        assert fisher.passes["backward"] == 2
+        assert fisher.passes["probe"] <= 4
     unused = {name for name, values in exact.items() if not values.any()}
     assert {name for name, road in fisher.roads.items() if road == "not used"} <= unused
     RAN.add(kind)
@@ -72,7 +75,7 @@ def test_a_report_of_a_dense_model_says_that_all_is_batched():
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 def test_gradient_checkpointing_changes_nothing(kind, use_reentrant):
-    """transformers checkpoints in train mode only: the layers keep that flag on themselves."""
+    """The library checkpoints in train mode only: the layers keep that flag on themselves."""
     case = huggingface(kind)
     expected = ff.estimate_fisher(case.model, case.batches)
     case.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})

@@ -47,6 +47,7 @@ batches = st.tuples(st.lists(sizes, min_size=1, max_size=3), st.integers(0, 9)).
 
 
 def assert_exact(graph_steps, graph_batches, losses=loss_fn, power=2, **options):
+    torch.manual_seed(0)  # a Case draws, and a graph must be the same when it is tried again
     case = Case(Graph(graph_steps), graph_batches, losses, set())
     before = state_of(case.model)
     fisher = score(case, power=power, **options)
@@ -64,7 +65,7 @@ def test_chains_of_anything(graph_steps, graph_batches, power):
     assert_exact(graph_steps, graph_batches, power=power)
 
 
-@fixed(40)
+@fixed(120)
 @given(st.data(), batches)
 def test_one_weight_in_several_orders(data, graph_batches):
     """Uses of a sample are summed before the square, whatever the order of each one's rows."""
@@ -73,7 +74,7 @@ def test_one_weight_in_several_orders(data, graph_batches):
     assert_exact([Step(op, order, residual=True) for order in orders], graph_batches)
 
 
-@fixed(30)
+@fixed(60)
 @given(st.lists(steps(), min_size=1, max_size=3), batches, st.data())
 def test_samples_without_a_gradient_and_batches_cut_short(graph_steps, graph_batches, data):
     total = sum(len(batch[0]) for batch in graph_batches)

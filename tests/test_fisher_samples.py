@@ -13,8 +13,13 @@ import fishfast as ff
 
 
 @pytest.mark.parametrize(
-    "name", ["convnet_with_norms", "embedding", "transformer_layer", "positions"]
-)
+    "name",
+    [
+        "convnet_with_norms", "embedding", "transformer_layer", "positions", "class_tokens_expand",
+        "time_first", "tied_with_padding", "called_twice", "routed_samples", "experts_grouped",
+        "packed_sequences", "recurrent_time_first", "low_rank_updates",
+    ],
+)  # fmt: skip
 def test_batch_sizes_do_not_matter(name):
     case = CASES[name]()
     exact, plain = truth(case), truth(case, torch.float32)
@@ -23,9 +28,16 @@ def test_batch_sizes_do_not_matter(name):
     fisher = score(case)
     assert fisher.num_samples == len(singles)
     assert_as_exact_as_a_loop(fisher, exact, plain)
+    assert not set(fisher.fallback) - case.fallback
 
 
-@pytest.mark.parametrize("name", ["convnet_with_norms", "embedding", "lstm", "tied_language_model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convnet_with_norms", "embedding", "lstm", "tied_language_model", "called_twice",
+        "flattened_time_first", "experts_in_a_loop", "positions", "recurrent_time_first",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 5])
 def test_num_samples_cuts_in_the_middle_of_a_batch(name, num_samples):
     case = CASES[name]()
@@ -64,7 +76,13 @@ def test_samples_go_through_in_chunks_without_a_trace():
     assert_as_exact_as_a_loop(score(case), truth(case), truth(case, torch.float32))
 
 
-@pytest.mark.parametrize("name", ["convnet_with_norms", "embedding", "transformer_layer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convnet_with_norms", "embedding", "transformer_layer", "tied_language_model",
+        "experts_in_a_loop", "packed_sequences", "lstm", "recurrent_time_first",
+    ],
+)  # fmt: skip
 def test_the_same_bits_twice(name):
     case = CASES[name]()
     first, second = score(case), score(case)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from fisher_checks import BATCH, assert_same_state, decorated, score, state_of
 from models import CASES, classify
 from torch import nn
@@ -11,7 +15,14 @@ from torch import nn
 import fishfast as ff
 
 
-@pytest.mark.parametrize("name", ["convnet_with_norms", "transformer_layer", "half_frozen", "lstm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convnet_with_norms", "transformer_layer", "half_frozen", "lstm", "checkpointed_reentrant",
+        "tied_by_modules", "spectral_norm", "experts_in_a_loop", "recurrent_time_first",
+        "shifts_in_place",
+    ],
+)  # fmt: skip
 def test_model_and_random_state_are_untouched(name):
     case = CASES[name]()
     model, seen = decorated(case)
@@ -20,6 +31,7 @@ def test_model_and_random_state_are_untouched(name):
     assert_same_state(before, state_of(model))
     assert seen
     assert "grad" not in seen
+    assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
 
 
 def test_scoring_happens_in_eval_mode_and_the_optimizer_goes_on():
@@ -60,7 +72,11 @@ def halve(grad):
     return grad * 0.5
 
 
-@pytest.mark.parametrize("name", ["mlp", "bare_parameters"], ids=["batched", "one-at-a-time"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "bare_parameters", "custom_function"],
+    ids=["batched", "where-it-meets-the-data", "one-at-a-time"],
+)
 def test_hooks_on_parameters_do_not_touch_the_scores_and_are_put_back(name):
     case = CASES[name]()
     expected = score(case)
@@ -83,6 +99,34 @@ def test_hooks_on_parameters_do_not_touch_the_scores_and_are_put_back(name):
     torch.testing.assert_close(parameter.grad, plain)
 
 
-def test_scores_keep_no_graph_alive():
-    case = CASES["bare_parameters"]()
-    assert all(s.grad_fn is None for s in score(case).values())
+@pytest.mark.parametrize("name", ["bare_parameters", "custom_function", "low_rank_updates"])
+def test_scores_keep_no_graph_alive(name):
+    """Neither do parameters: what was made for the scores is gone with them."""
+    case = CASES[name]()
+    outputs = []
+    case.model.register_forward_hook(lambda module, inputs, out: outputs.append(weakref.ref(out)))
+    fisher = score(case)
+    assert all(s.grad_fn is None for s in fisher.values())
+    gc.collect()
+    assert outputs
+    assert not any(out() is not None for out in outputs)
+
+
+def test_an_interrupted_run_leaves_the_model_untouched():
+    """A loss_fn that fails in the second batch, in the middle of it all."""
+    case = CASES["checkpointed_reentrant"]()
+    model, _ = decorated(case)
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        losses = classify(model, batch)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return losses
+
+    before = state_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        ff.estimate_fisher(model, case.batches, loss_fn=loss_fn)
+    assert_same_state(before, state_of(model))
+    assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)

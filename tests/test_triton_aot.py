@@ -119,7 +119,7 @@ def test_sum() -> None:
                 )
     reached = configs_of(launches, fisher_sum.Config)
     assert reached == table_of(fisher_sum.CONFIGS.values())
-    check(launches, 3 * 4 * 13)
+    check(launches, 3 * 4 * 12)
 
 
 def test_embedding() -> None:

@@ -11,6 +11,12 @@ from fishfast.fisher.operands import Operand, Tracker, disjoint_groups
 __all__ = ["Audit", "audit"]
 
 
+_SCATTERING = {
+    "IndexAddBackward0", "IndexPutBackward0", "IndexCopyBackward0", "ScatterAddBackward0",
+    "ScatterBackward0", "ScatterReduceBackward0", "MaskedScatterBackward0",
+    "SegmentReduceBackward0",
+}  # fmt: skip
+
 # Uses of overlapping parts of parameters: nodes, and which of their operands.
 Group = list[tuple[Any, int]]
 
@@ -23,12 +29,16 @@ class Audit(NamedTuple):
         foreign: name -> what uses it, for parameters that are used by something else too.
         groups: node -> for each operand the uses, itself among them, that are summed with it.
         used: the names of all parameters that the losses depend on.
+        scattered: the calls whose rows a tensor distributes further on, over samples perhaps.
+        structure: the same for graphs of the same calls in the same order, whatever the sizes.
     """
 
     calls: list[Any]
     foreign: dict[str, str]
     groups: dict[Any, list[Group | None]]
     used: set[str]
+    scattered: set[Any]
+    structure: int
 
 
 def audit(losses: Tensor, tracker: Tracker) -> Audit:
@@ -49,9 +59,14 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
     """
     calls: list[Any] = []
     foreign: dict[str, str] = {}
+    walked: list[Any] = []
+    scatters: list[Any] = []
     seen, stack = {losses.grad_fn}, [losses.grad_fn]
     while stack:
         node: Any = stack.pop()
+        walked.append(node.name())
+        if _scatters(node):
+            scatters.append(node)
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
                 "activation checkpoints must not be reentrant: the parameters inside one are "
@@ -60,6 +75,7 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
             )
         if hasattr(node, "rule"):
             calls.append(node)
+            walked += [type(node.rule), *(operand and operand.names for operand in node.operands)]
         for parent, _ in node.next_functions:
             if parent is None:
                 continue
@@ -76,7 +92,32 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
         if operand is not None
     ]
     used = set(foreign).union(*(operand.names for _, _, operand in uses))
-    return Audit(calls, foreign, _groups(calls, uses), used)
+    groups, structure = _groups(calls, uses), hash(tuple(walked))
+    return Audit(calls, foreign, groups, used, _calls_above(scatters), structure)
+
+
+def _scatters(node: Any) -> bool:
+    """Whether a tensor of indices decides in which row of dim 0 a call puts what it gets."""
+    name = node.name()
+    if name not in _SCATTERING:
+        return False
+    if name == "IndexPutBackward0":
+        return node._saved_indices[0] is not None
+    return getattr(node, "_saved_dim", 0) == 0
+
+
+def _calls_above(nodes: list[Any]) -> set[Any]:
+    """Return the intercepted calls that these nodes depend on."""
+    calls, seen, stack = set(), set(nodes), list(nodes)
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "rule"):
+            calls.add(node)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return calls
 
 
 def _call_name(node: Any) -> str:

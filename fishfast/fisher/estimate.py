@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fishfast import _backend
 from fishfast._files import PathLike
@@ -21,9 +18,10 @@ from fishfast.fisher.kind import FISHER_TYPES
 from fishfast.fisher.losses import labelled_batch_losses
 from fishfast.fisher.objective import LossFn, OutputsFn, empirical, over_labels
 from fishfast.fisher.result import Fisher
+from fishfast.fisher.run import Run
 from fishfast.fisher.running import RunningScores
 from fishfast.fisher.scorer import Scorer
-from fishfast.fisher.untouched import hooks_set_aside, scoring_mode
+from fishfast.fisher.untouched import buffers_put_back, hooks_set_aside, scoring_mode
 
 __all__ = ["estimate_fisher"]
 
@@ -63,7 +61,8 @@ def estimate_fisher(
     rows, and weights that are shared, tied, viewed or computed. An audit of the autograd graph
     finds every other use of a parameter, which takes one backward per sample, still exact;
     ``report()`` says which parameters took which road and what it cost. In the first batch (and
-    where sizes change) three more backwards find out which row belongs to which sample. The memory
+    where sizes or selected rows leave it open) two more backwards, three above 16 samples, find out
+    which row belongs to which sample. The memory
     is that of a forward and backward; layers that checkpoint in train mode only, as in
     transformers, do not in eval mode.
 
@@ -73,8 +72,9 @@ def estimate_fisher(
 
     Args:
         model: any module; frozen parameters (``requires_grad=False``) are not scored. It is left
-            as it was: mode, requires_grad, gradients, hooks and buffers. Hooks on parameters do
-            not run while it is scored. Of a DistributedDataParallel, the module inside is scored.
+            as it was: mode, requires_grad, gradients, hooks and buffers. So is the random state:
+            noise that a model draws comes from a state of the scoring's own. Hooks on parameters
+            do not run while it is scored. Of a DistributedDataParallel, the inside is scored.
         batches: an iterable of batches, such as a DataLoader. One batch alone is refused if it is a
             mapping, tensor or string; a tuple or list is taken for one of batches.
         loss_fn: ``loss_fn(model, batch)`` returns the B losses of the batch's samples, shape
@@ -84,11 +84,12 @@ def estimate_fisher(
         fisher_type: ``"empirical"``: the labels given. ``"exact"``: all labels, weighted by the
             model's probabilities, in C - 1 backwards for C classes. ``"sampled"``: labels drawn.
         outputs_fn: for exact and sampled: ``outputs_fn(model, batch)`` returns logits or means,
-            ``[B, C]``. Default: the logits of a transformers-style model.
+            ``[B, C]``. Default: the logits of a transformers-style model. For "tokens" a pair with
+            bool ``[B, T]``, which positions count, may be returned; default: all.
         head: what ``outputs_fn`` returns: ``"softmax"`` (default), ``"sigmoid"``, ``"gaussian"``
             (unit variance), or ``"tokens"`` of a language model ``[B, T, V]`` (sampled only).
         num_label_samples: draws for each sample, whose mean is taken; "sampled" only.
-        seed: of the draws; the global generators are not touched.
+        seed: of the draws; in a process group the rank is added. No global generator is touched.
         power: 2 sums squares, 1 sums absolute values.
         eval_mode: score in eval mode (default) or in the model's present modes.
         progress: show a progress bar.
@@ -97,7 +98,7 @@ def estimate_fisher(
             which must come in the same order again. The model's weights are not compared.
         save_every: seconds.
         process_group: sum over its processes, each with batches of its own; every process gets
-            the same scores. Each needs its own ``seed`` and ``resume_path``.
+            the same scores. Each needs its own ``resume_path``.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -129,6 +130,9 @@ def estimate_fisher(
         ... )
     """
     _check_arguments(model, loss_fn, batches, num_samples, fisher_type, power)
+    seed = _checked_seed(seed, process_group)
+    if not save_every >= 0:
+        raise ValueError(f"save_every must be at least 0 seconds; got {save_every!r}")
     _check_labels(loss_fn, fisher_type, outputs_fn, head, num_label_samples)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -143,7 +147,7 @@ def estimate_fisher(
         # Of the parameters' strides, so that a view of a parameter is a view of its scores.
         scores = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         scorer = Scorer(model, objective, parameters, scores, Accumulator(power, backend))
-        run = _Run(scorer, fisher_type, num_samples)
+        run = Run(scorer, fisher_type, num_samples)
         try:  # what fails in one process only, such as a folder, is announced to the others
             if resume_path is not None and fisher_type == "sampled":
                 run.running = RunningScores(
@@ -152,7 +156,11 @@ def estimate_fisher(
                 )  # fmt: skip
             elif resume_path is not None:
                 run.running = RunningScores(resume_path, save_every)
-            with scoring_mode(model, eval_mode), hooks_set_aside(parameters.values()):
+            with (
+                scoring_mode(model, eval_mode),
+                hooks_set_aside(parameters.values()),
+                buffers_put_back(model),
+            ):
                 run.score(batches, progress)
             scores = {name: score.contiguous() for name, score in scores.items()}
         except BaseException as error:
@@ -166,78 +174,6 @@ def estimate_fisher(
             )
     _check_scores(scores, counts[0])
     return run.result(scores, *counts)
-
-
-class _Run:
-    """Goes through the batches, with a file to stop and go on."""
-
-    def __init__(self, scorer: Scorer, fisher_type: str, limit: int | None) -> None:
-        self.scorer, self.fisher_type, self.limit = scorer, fisher_type, limit
-        self.running: RunningScores | None = None
-        self.num_samples = self.num_batches = 0
-
-    def result(self, scores: Mapping[str, Tensor], num_samples: int, num_batches: int) -> Fisher:
-        """Return scores with what is known about them."""
-        scorer = self.scorer
-        return Fisher(
-            scores, num_samples, scorer.fallback, num_batches=num_batches,
-            fisher_type=self.fisher_type, power=scorer.add.power, roads=scorer.roads,
-            passes=scorer.passes, seconds=scorer.seconds,
-        )  # fmt: skip
-
-    def _so_far(self) -> Fisher:
-        return self.result(self.scorer.scores, self.num_samples, self.num_batches)
-
-    def score(self, batches: Iterable[Any], progress: bool) -> None:
-        """Score what is left of the batches."""
-        if self.running is not None:
-            power = self.scorer.add.power
-            before = self.running.resume(self.scorer.scores, self.fisher_type, power)
-            if before is not None:
-                self.scorer.go_on(before)
-                self.num_samples, self.num_batches = before.num_samples, before.num_batches
-        if self.limit is not None and self.num_samples > self.limit:
-            raise ValueError(
-                f"num_samples must be at least the {self.num_samples} samples that the file of "
-                f"resume_path has; got {self.limit}; give another path"
-            )
-        if self.num_samples == self.limit:
-            return
-        total = self.limit if self.limit is not None else _num_samples(batches)
-        whole = True  # running scores are saved between batches only
-        try:
-            with tqdm(
-                total=total, initial=self.num_samples, disable=not progress, unit=" samples",
-                desc="fisher",
-            ) as bar:  # fmt: skip
-                for batch in itertools.islice(batches, self.num_batches, None):
-                    left = None if self.limit is None else self.limit - self.num_samples
-                    whole = False
-                    counted, size = self.scorer.add_batch(batch, left)
-                    self.num_samples += counted
-                    self.num_batches += 1
-                    whole = counted == size
-                    bar.update(counted)
-                    if self.num_samples == self.limit:
-                        break
-                    if self.running is not None:
-                        self.running.maybe_save(self._so_far)
-        finally:
-            if self.running is not None and whole and self.num_batches:
-                self.running.save_now(self._so_far())
-        if self.limit is not None and self.num_samples < self.limit:
-            warnings.warn(
-                f"num_samples={self.limit}, but batches gave only {self.num_samples} samples",
-                stacklevel=3,
-            )
-
-
-def _num_samples(batches: Any) -> int | None:
-    """Return how many samples a DataLoader gives, where it knows."""
-    try:
-        return len(batches.sampler)
-    except (AttributeError, TypeError):
-        return None
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -302,6 +238,13 @@ def _check_arguments(
         raise ValueError(f"power must be 2 (squares) or 1 (absolute values); got {power!r}")
 
 
+def _checked_seed(seed: int, process_group: dist.ProcessGroup | None) -> int:
+    """Return a seed that is not that of another process."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an integer; got {seed!r}")
+    return seed + (dist.get_rank(process_group) if process_group is not None else 0)
+
+
 def _check_labels(
     loss_fn: LossFn | None,
     fisher_type: str,
@@ -321,11 +264,10 @@ def _check_labels(
         )
     if outputs_fn is not None and not callable(outputs_fn):
         raise TypeError(f"outputs_fn must be a function; got {type(outputs_fn).__name__}")
-    if head is not None and (outputs_fn is None or head not in HEADS):
-        raise ValueError(
-            f"head must be one of {', '.join(map(repr, HEADS))} and goes with outputs_fn; got "
-            f"{head!r}"
-        )
+    if head is not None and head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}; got {head!r}")
+    if head is not None and outputs_fn is None:
+        raise ValueError(f"head goes with outputs_fn; got head={head!r} without one; pass both")
     if fisher_type != "sampled" and num_label_samples != 1:
         raise ValueError(
             f"num_label_samples goes with fisher_type='sampled'; got {num_label_samples} with "

@@ -59,7 +59,8 @@ class Interception(TorchFunctionMode):
         levels: how eagerly each one is caught, by name.
         anchor: a leaf that every intercepted call depends on; a backward to it runs them all.
         observe: called in the backward of every intercepted call.
-        most_rows: the largest dim 0 that an intercepted call had since this was set to 1.
+        most_rows: the largest dim 0 that an intercepted call had since `restart`.
+        gathered: whether rows were selected by a tensor since then.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -68,7 +69,12 @@ class Interception(TorchFunctionMode):
         self.levels = dict.fromkeys(parameters, EAGER)
         self.anchor = torch.zeros((), requires_grad=True)
         self.observe: Observer | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the last forward."""
         self.most_rows = 1
+        self.gathered = False
 
     def __torch_function__(
         self,
@@ -79,8 +85,8 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Run a call, intercepted where tracked parameters meet the data."""
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return func(*args, **kwargs)  # in vmap or torch.func.grad, autograd is left alone
         if func in _OPENED:
             with self:
                 return _OPENED[func](*args, **kwargs)
@@ -97,8 +103,12 @@ class Interception(TorchFunctionMode):
                         sources = self._sources(tensor)
                         names |= sources
                         data |= not sources
+        if func in _SELECTING and (func in _BY_TENSOR or any(True for _ in tensors_in(args[1:]))):
+            self.gathered = True
         if not names:
             return func(*args, **kwargs)
+        if func is torch.autograd.grad and data:  # it would not find what the calls have cut off
+            raise SecondDerivativeError
         caught = self._caught(func, args, kwargs, data)
         if caught is not None:
             return caught
@@ -150,7 +160,10 @@ class Interception(TorchFunctionMode):
             if not isinstance(value, Tensor) or not value.requires_grad:
                 return value
             # Where it is not known how the call sees its operand, dim 0 may be the sample.
-            target = value.shape if shape is None or not _expands(value, shape) else shape
+            known = shape is not None and _expands(value, shape)
+            if func is F.scaled_dot_product_attention:
+                known &= value is kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            target = shape if shape is not None and known else value.shape
             meets_nothing = not data and (target == value.shape or self._is_lazy((value,)))
             if not self._sources(value) or len(target) == 0 or meets_nothing:
                 return value
@@ -204,6 +217,12 @@ def _opened(func: Any) -> Callable[..., Any]:
 
 
 _OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
+_BY_TENSOR = {
+    getattr(module, name)
+    for name in ("index_select", "masked_select", "gather", "take", "take_along_dim")
+    for module in (torch, torch.Tensor)
+}
+_SELECTING = _BY_TENSOR | {torch.Tensor.__getitem__}
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _SHAPE_BY_ARGUMENTS = {
     torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to,
@@ -256,6 +275,8 @@ class _InterceptedCall(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         # The audit reads these from the graph's nodes; `rows` is filled in before scoring.
         ctx.interception, ctx.rule, ctx.operands = interception, rule, operands
+        if not rule.keeps_input:
+            rule.x = None  # a checkpoint drops what is saved above, but not what a rule holds
         ctx.lead, ctx.rows = tuple(out.shape[: rule.num_lead(out if x is None else x)]), None
         return out
 

@@ -15,7 +15,8 @@ from fishfast.fisher.outputs import default_outputs
 __all__ = ["LossFn", "Losses", "Objective", "OutputsFn", "empirical", "over_labels"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-OutputsFn = Callable[[nn.Module, Any], Tensor]
+# Outputs, or a pair of outputs and counted positions.
+OutputsFn = Callable[[nn.Module, Any], Any]
 
 
 class Losses(NamedTuple):
@@ -71,7 +72,9 @@ def over_labels(
         if outputs_fn is None:
             outputs, kind, counted = default_outputs(model, batch)
         else:
-            outputs, kind, counted = outputs_fn(model, batch), head or "softmax", None
+            given = outputs_fn(model, batch)
+            outputs, counted = given if isinstance(given, tuple) else (given, None)
+            kind = head or "softmax"
         if (
             not isinstance(outputs, Tensor)
             or 0 in (outputs.dim(), outputs.numel())

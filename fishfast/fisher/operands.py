@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fishfast.fisher.gradients import gradients
+
 __all__ = ["Operand", "Region", "Tracker", "disjoint_groups", "tensors_in"]
 
 # Backward nodes of calls that treat every element by itself.
@@ -22,7 +24,7 @@ _BY_ELEMENT = {
     "AddBackward0", "SubBackward0", "RsubBackward1", "MulBackward0", "DivBackward0", "NegBackward0",
     "ExpBackward0", "SigmoidBackward0", "TanhBackward0", "SoftplusBackward0", "ToCopyBackward0",
 }  # fmt: skip
-_UNMARKED: tuple[Any, frozenset[str]] = (None, frozenset())
+_UNMARKED: tuple[Any, frozenset[str], int] = (None, frozenset(), 0)
 
 
 class Region(NamedTuple):
@@ -85,14 +87,39 @@ class Tracker:
         if name is not None:
             return frozenset((name,))
         # The mark carries its tracker: a tensor may outlive the scoring that marked it.
-        tracker, names = getattr(tensor, "_fishfast_sources", _UNMARKED)
-        return names if tracker is self else _UNMARKED[1]
+        tracker, names, version = getattr(tensor, "_fishfast_sources", _UNMARKED)
+        if tracker is not self:
+            return _UNMARKED[1]
+        if names and tensor._version != version:  # written to since, perhaps through a view
+            names = self._leaves(tensor)
+            self.mark(tensor, names)
+        return names
+
+    def _leaves(self, tensor: Tensor) -> frozenset[str]:
+        """Return the parameters below a tensor in the graph; none if anything else is there."""
+        names, seen, stack = set(), set(), [tensor.grad_fn]
+        while stack:
+            node: Any = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "rule"):
+                return _UNMARKED[1]
+            if hasattr(node, "variable"):
+                name = self.name(node.variable)
+                if name is None:
+                    return _UNMARKED[1]
+                names.add(name)
+            stack += [parent for parent, _ in node.next_functions]
+        return frozenset(names)
 
     def mark(self, results: Any, names: frozenset[str]) -> None:
         """Remember that a call's results come from these parameters alone; none: from more."""
         for result in tensors_in(results):
             if result.requires_grad and self.name(result) is None:
-                result._fishfast_sources = (self, names)  # type: ignore[attr-defined]
+                # Squares of complex gradients are none of ours: autograd keeps them.
+                names = _UNMARKED[1] if result.is_complex() else names
+                result._fishfast_sources = (self, names, result._version)  # type: ignore[attr-defined]
 
     def operand(self, tensor: Tensor) -> Operand | None:
         """Return a tensor as an operand, None if it is no tracked one."""
@@ -109,7 +136,7 @@ class Tracker:
         name = self.name(base)
         if base is None or name is None or tensor.dtype != base.dtype:
             return None
-        if not _fills_once(base) or not _fills_once(tensor):
+        if not _fills_once(tensor) or not _fills_once(base) or not _is_dense(base):
             return None
         offset = int(tensor.storage_offset() - base.storage_offset())
         return Region(name, tuple(tensor.shape), tensor.stride(), offset)
@@ -137,7 +164,8 @@ class Tracker:
             seen.add(node)
             stack += [parent for parent, _ in node.next_functions]
         ones = torch.ones_like(operand.tensor)
-        return torch.autograd.grad(operand.tensor, parameter, ones, retain_graph=True)[0].float()
+        (slope,) = gradients(operand.tensor, [parameter], ones)
+        return None if slope is None else slope.float()
 
     def pull_back(self, operand: Operand, grads: Tensor) -> dict[str, Tensor]:
         """Return per-sample gradients of an operand's parameters.
@@ -157,14 +185,12 @@ class Tracker:
             return {name: full}
         inputs = [self.parameters[name] for name in operand.names]
         grads = grads.to(operand.tensor.dtype)
-        rows = [
-            torch.autograd.grad(operand.tensor, inputs, grad, retain_graph=True, allow_unused=True)
-            for grad in grads
-        ]
+        rows = [gradients(operand.tensor, inputs, grad) for grad in grads]
+        columns = zip(*rows, strict=True)
         return {
-            name: torch.stack([row[i] for row in rows]).float()
-            for i, name in enumerate(operand.names)
-            if rows[0][i] is not None
+            name: torch.stack([part for part in column if part is not None]).float()
+            for name, column in zip(operand.names, columns, strict=True)
+            if column[0] is not None
         }
 
 
@@ -188,6 +214,12 @@ def _fills_once(tensor: Tensor) -> bool:
                 return False
             end += stride * (size - 1)
     return True
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor without overlaps has no gaps either, so that its scores have its strides."""
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == 0 or reach + 1 == tensor.numel()
 
 
 def _zeros_with_strides(parameter: Tensor, samples: int) -> Tensor:

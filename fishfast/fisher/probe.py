@@ -1,24 +1,28 @@
 """Finds out which sample each row of an intercepted call belongs to, by looking at gradients.
 
 No name and no shape is trusted: a row belongs to the sample whose loss has a gradient there. Two
-backwards tell which one, without any weight's gradient: of all losses but the largest, and of all
-losses, each times a power of two of its own, the largest loss times a large one. A row of one
-sample is multiplied by exactly its power, whose exponent names the sample; a row of the largest
-loss has a gradient in the second only. A row that mixes samples does neither.
+backwards tell which one, without any weight's gradient: of all losses but the largest, each times a
+random number, so that nothing cancels; and of all losses, each times a power of two of its own on
+top of that, the largest loss times a large one. A row of one sample is multiplied by exactly its
+power, whose exponent names the sample; a row of the largest loss has a gradient in the second only.
+Where a row is neither (it mixes samples, or its gradient is too small to be exact), backwards of
+half of the losses and of the other half decide, one pair for each bit of the sample's number.
 
-What is learned is a `Layout` by call, trusted in later batches as long as the sizes say the same;
-calls whose rows come in no regular order (experts) are looked at in every batch.
+What is learned is a `Layout` for each call of a graph of this structure. It is trusted in later
+batches if its sizes say the same and no data decide which rows come: calls that get selected rows
+(experts, unpadded or sorted sequences) are looked at in every batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fishfast.fisher.audit import Audit
 from fishfast.fisher.rows import NO_GRADIENT, SEVERAL, Layout, Rows, layouts
 
 __all__ = ["RowFinder"]
@@ -32,19 +36,22 @@ _BASE = 16
 _OWN = 10
 # Elements of a gradient that are held in float64 at once.
 _PART = 2**20
+# Structures of graphs whose calls are remembered: models that route tokens make new ones for ever.
+_STRUCTURES = 64
+# Calls that select rows by tensors; the attribute that says along which dim.
+_SELECTING = {
+    "IndexBackward0": "", "MaskedSelectBackward0": "", "TakeBackward0": "",
+    "IndexSelectBackward0": "_saved_dim", "GatherBackward0": "_saved_dim",
+}  # fmt: skip
 
 
 class RowFinder:
-    """Knows the rows of the calls that it has seen.
-
-    Attributes:
-        irregular: keys of calls whose rows follow no regular order.
-    """
+    """Knows the rows of the calls that it has seen."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, dict[Layout, set[int]]] = {}
-        self._silent: set[Any] = set()
-        self.irregular: set[Any] = set()
+        # By the structure of the graph, then by the place of the call in it.
+        self._known: dict[int, dict[int, dict[Layout, set[int]]]] = {}
+        self._silent: dict[int, set[int]] = {}
         self._observed: dict[Any, Tensor] = {}
 
     def observe(self, node: Any, x: Tensor | None, grad: Tensor) -> None:
@@ -63,65 +70,75 @@ class RowFinder:
             [part.double().nan_to_num_(0, 0, 0) @ direction for part in parts]
         )
 
-    def known(self, nodes: Iterable[Any], num_samples: int) -> list[Any]:
+    def known(self, found: Audit, num_samples: int, gathered: bool) -> list[Any]:
         """Give their rows to the calls where they are known; return the other calls.
 
         A call that no gradient has reached so far keeps ``rows = None`` and is not returned.
 
         Args:
-            nodes: the calls.
+            found: the calls.
             num_samples: B.
+            gathered: whether rows of tensors without a gradient were selected in this forward.
 
         Returns:
             The calls to look at.
         """
-        unknown = []
-        lengths: set[int] = set()
-        flattened = []
-        for node in nodes:
-            node.rows = None
-            layout = self._trusted(node, num_samples, lengths=None)
+        if len(self._known) > _STRUCTURES:
+            self._known.clear()
+            self._silent.clear()
+        silent = self._silent.setdefault(found.structure, set())
+        unknown: list[tuple[int, Any]] = []
+        lengths: set[int] = set()  # of samples, in calls whose rows are [B, T]
+        for place, node in enumerate(found.calls):
+            node.place, node.rows = (found.structure, place), None
+            layout = self._trusted(node, num_samples, gathered, lengths=None)
+            if layout is None:
+                unknown.append((place, node))
+                continue
+            node.rows = Rows(node.lead, num_samples, layout)
+            if layout == Layout("dim", 0) and len(node.lead) > 1:
+                lengths.add(node.lead[1])
+        missing = []
+        for place, node in unknown:
+            layout = self._trusted(node, num_samples, gathered, lengths)
             if layout is not None:
                 node.rows = Rows(node.lead, num_samples, layout)
-                if layout == Layout("dim", 0) and len(node.lead) > 1:
-                    lengths.add(node.lead[1])
-            else:
-                flattened.append(node)
-        for node in flattened:
-            layout = self._trusted(node, num_samples, lengths)
-            if layout is not None:
-                node.rows = Rows(node.lead, num_samples, layout)
-            elif key_of(node) not in self._silent:
-                unknown.append(node)
-        return unknown
+            elif place not in silent:
+                missing.append(node)
+        return missing
 
-    def _trusted(self, node: Any, num_samples: int, lengths: set[int] | None) -> Layout | None:
-        """Return a layout seen before that fits.
+    def _trusted(
+        self, node: Any, num_samples: int, gathered: bool, lengths: set[int] | None
+    ) -> Layout | None:
+        """Return the layout seen before if it fits.
 
-        Rows that are flattened must number B times a length that this call was seen with, or that
-        other calls of this forward have: an expert that got a part of the tokens must not pass for
-        a layer that got them all.
+        Flattened rows must number B times the length that other calls of this forward have: an
+        expert that got a part of the tokens, or packed samples of other lengths, must not pass for
+        a layer that got them all. Windows, [B * windows, places], have the number seen before.
         """
         if num_samples == 1:
             return Layout("one")
-        key = key_of(node)
-        if key in self.irregular:
+        structure, place = node.place
+        known = self._known.get(structure, {}).get(place, {})
+        flat = len(node.lead) == 1
+        if len(known) != 1 or (flat and gathered and not node.needs_input_grad[4]):
             return None
-        for layout, seen in self._known.get(key, {}).items():
-            if layout.kind == "dim":
-                if node.lead[layout.dim] == num_samples:
-                    return layout
-            elif lengths is not None and node.lead[0] in {n * num_samples for n in seen | lengths}:
-                return layout
-        return None
+        ((layout, seen),) = known.items()
+        if layout.kind == "dim":
+            return layout if node.lead[layout.dim] == num_samples else None
+        if lengths is None:
+            return None
+        fits = {max(lengths, default=-1)} if flat else seen
+        return layout if node.lead[0] in {n * num_samples for n in fits} else None
 
     def find(
-        self, nodes: list[Any], num_samples: int, losses: Tensor, backward: Backward
+        self, nodes: list[Any], found: Audit, num_samples: int, losses: Tensor, backward: Backward
     ) -> tuple[list[Any], list[Any]]:
         """Look at the rows of calls and give them to the nodes.
 
         Args:
             nodes: what to look at.
+            found: all calls.
             num_samples: B.
             losses: the losses, for their sizes; their graph is kept.
             backward: runs a backward with one weight per loss.
@@ -129,32 +146,48 @@ class RowFinder:
         Returns:
             The calls where a row has several samples, and the calls that any gradient reached.
         """
+        device = losses.device
+        number = torch.arange(num_samples, device=device)
         own = int(losses.detach().argmax())  # a sample without labels has no gradient to look at
-        alone = torch.zeros(num_samples, device=losses.device, dtype=losses.dtype)
-        alone[own] = 1
-        others = self._signatures(backward, 1 - alone)
-        digits, place = [], 1
-        while place < num_samples:
-            exponents = (torch.arange(num_samples, device=losses.device) // place) % _BASE
-            tags = torch.pow(2.0, exponents - _BASE // 2).to(losses.dtype)
+        generator = torch.Generator().manual_seed(num_samples)
+        scale = (1 + torch.rand(num_samples, generator=generator)).to(device, losses.dtype)
+        others = self._signatures(backward, torch.where(number == own, 0, scale))
+        digits, base = [], 1
+        while base < num_samples:
+            tags = torch.pow(2.0, (number // base) % _BASE - _BASE // 2)
             tags[own] = 2.0**_OWN
-            digits.append(self._signatures(backward, tags))
-            place *= _BASE
+            digits.append(self._signatures(backward, scale * tags.to(losses.dtype)))
+            base *= _BASE
+        samples = {
+            node: _by_powers(others[node], [digit[node] for digit in digits], own, num_samples)
+            for node in nodes
+            if node in others
+        }
+        unclear = [node for node, of in samples.items() if (of == SEVERAL).any()]
+        if unclear:
+            halves = []
+            for bit in range((num_samples - 1).bit_length()):
+                chosen = (number >> bit) & 1 == 1
+                halves.append(
+                    [self._signatures(backward, scale * half) for half in (~chosen, chosen)]
+                )
+            for node in unclear:
+                samples[node] = _by_halves([(low[node], high[node]) for low, high in halves])
         several, reached = [], []
-        for node in nodes:
-            if node not in others:
-                continue
-            samples = _samples(others[node], [d[node] for d in digits], own)
-            samples[samples >= num_samples] = SEVERAL
-            if (samples != NO_GRADIENT).any():
+        for node, of in samples.items():
+            structure, place = node.place
+            silent = self._silent.setdefault(structure, set())
+            if (of != NO_GRADIENT).any():
                 reached.append(node)
-                self._silent.discard(key_of(node))
+                silent.discard(place)
             else:
-                self._silent.add(key_of(node))
-            if (samples == SEVERAL).any():
+                silent.add(place)
+            if (of == SEVERAL).any():
                 several.append(node)
             else:
-                self._learn(node, samples, num_samples)
+                self._learn(node, of, num_samples, again=node in found.scattered)
+        if not reached:  # a batch without labels, say, which tells nothing of the next one
+            self._silent.clear()
         return several, reached
 
     def _signatures(self, backward: Backward, weights: Tensor) -> dict[Any, Tensor]:
@@ -163,9 +196,11 @@ class RowFinder:
         observed, self._observed = self._observed, {}
         return observed
 
-    def _learn(self, node: Any, samples: Tensor, num_samples: int) -> None:
-        """Give the node its rows; remember the layout where only one fits."""
-        key, seen = key_of(node), samples >= 0
+    def _learn(self, node: Any, samples: Tensor, num_samples: int, again: bool) -> None:
+        """Give the node its rows; remember the layout where only one fits, if not ``again``."""
+        seen = samples >= 0
+        if not bool(seen.any()):
+            return
         fitting = [
             layout
             for layout in layouts(node.lead, num_samples)
@@ -173,36 +208,67 @@ class RowFinder:
                 layout.samples(node.lead, num_samples, samples.device)[seen], samples[seen]
             )
         ]
-        if not bool(seen.any()):
-            return
         if not fitting:
-            self.irregular.add(key)
             node.rows = Rows(node.lead, num_samples, samples=samples)
             return
         node.rows = Rows(node.lead, num_samples, fitting[0])
-        if len(fitting) == 1 and len(samples[seen].unique()) > 1:
-            lengths = self._known.setdefault(key, {}).setdefault(fitting[0], set())
-            lengths.add(node.lead[0] // num_samples)
+        told_apart = len(fitting) == 1 and len(samples[seen].unique()) > 1
+        again |= _selects_rows(node, keeps_dim_0=fitting[0] == Layout("dim", 0))
+        if told_apart and not again:
+            structure, place = node.place
+            known = self._known.setdefault(structure, {}).setdefault(place, {})
+            known.setdefault(fitting[0], set()).add(node.lead[0] // num_samples)
 
 
-def key_of(node: Any) -> Any:
-    """Return what stays the same when a model calls the same weights in the next forward."""
-    names = tuple(None if operand is None else operand.names for operand in node.operands)
-    return type(node.rule), names, len(node.lead)
+def _selects_rows(node: Any, keeps_dim_0: bool) -> bool:
+    """Whether a tensor decides which rows come to a call, between it and the calls before it."""
+    seen: set[Any] = set()
+    stack = [parent for parent, _ in node.next_functions]
+    while stack:
+        one = stack.pop()
+        if one is None or one in seen or hasattr(one, "rule"):
+            continue
+        seen.add(one)
+        stack += [parent for parent, _ in one.next_functions]
+        dim = _SELECTING.get(one.name())
+        if dim is None:
+            continue
+        if one.name() == "IndexBackward0":
+            first_dim = one._saved_indices[0] is not None
+        else:
+            first_dim = not dim or getattr(one, dim) == 0
+        if first_dim or not keeps_dim_0:
+            return True
+    return False
 
 
-def _samples(others: Tensor, digits: list[Tensor], own: int) -> Tensor:
+def _by_powers(others: Tensor, digits: list[Tensor], own: int, num_samples: int) -> Tensor:
     """Return the sample of each row, `NO_GRADIENT` or `SEVERAL`."""
     samples = torch.zeros(len(others), dtype=torch.int64, device=others.device)
-    place = 1
+    base = 1
     exact = torch.ones_like(samples, dtype=torch.bool)
     for tagged in digits:
         exponent = torch.log2(tagged / others).round()
         digit = exponent + _BASE // 2
         exact &= (tagged == others * torch.pow(2.0, exponent)) & (digit >= 0) & (digit < _BASE)
-        samples += place * digit.nan_to_num(0, 0, 0).long()
-        place *= _BASE
-    samples[~exact] = SEVERAL
+        samples += base * digit.nan_to_num(0, 0, 0).long()
+        base *= _BASE
+    samples[~exact | (samples >= num_samples)] = SEVERAL
     silent = others == 0
     samples[silent] = torch.where(digits[0][silent] != 0, own, NO_GRADIENT)
+    return samples
+
+
+def _by_halves(halves: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the same from backwards of half of the losses and of the other half, bit by bit."""
+    samples = torch.zeros(len(halves[0][0]), dtype=torch.int64, device=halves[0][0].device)
+    several, reached, silent = (torch.zeros_like(samples, dtype=torch.bool) for _ in range(3))
+    for bit, (low, high) in enumerate(halves):
+        in_low, in_high = low != 0, high != 0
+        samples += in_high.long() << bit
+        several |= in_low & in_high
+        reached |= in_low | in_high
+        silent |= ~(in_low | in_high)
+    samples[~reached] = NO_GRADIENT
+    samples[several | (reached & silent)] = SEVERAL
     return samples

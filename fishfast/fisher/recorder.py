@@ -44,7 +44,15 @@ class Recorder:
 
     def observe(self, node: Any, x: Tensor | None, grad: Tensor) -> None:
         """Record one call."""
-        groups = self.found.groups.get(node, ())
+        if grad.numel() == 0:  # an expert without tokens
+            return
+        groups = self.found.groups.get(node)
+        if groups is None:
+            names = [operand.names[0] for operand in node.operands if operand is not None]
+            raise ValueError(
+                f"the layer of {names[0]!r} runs again inside the backward of a custom autograd "
+                "function, where its gradients cannot be told apart; use torch.utils.checkpoint"
+            )
         if node.rows is None:
             if bool(grad.any()):
                 self.unresolved.append(node)
@@ -81,6 +89,7 @@ class Recorder:
         tokens, samples = (torch.cat(parts) for parts in zip(*looked_up, strict=True))
         return tokens, samples
 
+    @torch.no_grad()
     def finish(self) -> set[int]:
         """Add what was waiting for uses that had no gradient; return the groups left out."""
         for group, waiting in self._waiting.items():

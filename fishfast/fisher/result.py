@@ -131,6 +131,9 @@ class Fisher(Mapping[str, Tensor]):
             seconds={kind: self.seconds[kind] + other.seconds[kind] for kind in WORK},
         )
 
+    def __radd__(self, other: object) -> Fisher:
+        return self if other == 0 else NotImplemented  # sum() begins with 0
+
     @property
     def kind(self) -> ScoreKind:
         """What scores must have in common with these to be added."""

@@ -117,9 +117,8 @@ class Rows:
         blocks = [self.layout.by_sample(t, self.lead, self.num_samples) for t in tensors]
         length, device = blocks[0].shape[1], blocks[0].device
         starts, ends = _bounds(self.num_samples, length, device)
-        # Where asking costs nothing, first whether there is any padding at all.
-        asked = device.type != "cpu" or not bool(blocks[0][:, -1].any(-1).all())
-        if length > 1 and asked:
+        # Where asking costs nothing, first whether there is any padding at all (or any row).
+        if length > 1 and (device.type != "cpu" or not bool(blocks[0][:, -1].any(-1).all())):
             ends = starts + (_places(length, device) * (blocks[0] != 0).any(-1)).amax(1)
         return [t.reshape(-1, t.shape[-1]) for t in blocks], starts, ends
 

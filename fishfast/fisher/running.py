@@ -59,7 +59,25 @@ class RunningScores:
         self.path, self.every_seconds = path, every_seconds
         self.generator = generator
         self._draws = {"seed": seed, "num_label_samples": num_label_samples}
+        self._first_batch: str | None = None
         self._saved_at = time.monotonic()
+
+    def compare_batch(self, shapes: str) -> None:
+        """Refuse to go on with batches that are not those of the file, as far as shapes tell.
+
+        Args:
+            shapes: of the tensors of the first batch.
+
+        Raises:
+            ValueError: the file's first batch had others.
+        """
+        if self._first_batch is not None and shapes != self._first_batch:
+            raise ValueError(
+                f"{os.fspath(self.path)!r} must be of a run over the same batches; the first one "
+                f"has shapes {shapes} in this run and {self._first_batch} in the file; give "
+                "another path, or delete the file to start again"
+            )
+        self._first_batch = shapes
 
     def resume(self, scores: Mapping[str, Tensor], fisher_type: str, power: int) -> Fisher | None:
         """Take over what the file has, if there is one.
@@ -81,7 +99,9 @@ class RunningScores:
             return None
         source = repr(os.fspath(self.path))
         saved, facts, header = read_scores(self.path)
-        if not {_STATE + name for name in (*self._draws, "generator")} <= set(header):
+        if not {_STATE + name for name in (*self._draws, "generator", "first_batch")} <= set(
+            header
+        ):
             raise ValueError(
                 f"{source} must hold running scores; it is a finished result; give another path"
             )
@@ -98,6 +118,7 @@ class RunningScores:
                 "file to start again"
             )
         self._set_generator(header[_STATE + "generator"], source)
+        self._first_batch = header[_STATE + "first_batch"] or None
         with torch.no_grad():
             for name, score in scores.items():
                 score.copy_(saved[name])
@@ -132,6 +153,7 @@ class RunningScores:
             if self.generator is not None
             else ""
         )
+        state[_STATE + "first_batch"] = self._first_batch or ""
         write_scores(self.path, fisher, fisher.facts(), state)
         self._saved_at = time.monotonic()
 

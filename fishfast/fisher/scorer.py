@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,12 +14,15 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fishfast.fisher.accumulator import Accumulator
 from fishfast.fisher.audit import Audit, audit
+from fishfast.fisher.blame import blame
+from fishfast.fisher.gradients import gradients
 from fishfast.fisher.interception import EAGER, LAZY, NEVER, Interception, SecondDerivativeError
 from fishfast.fisher.objective import Losses, Objective
-from fishfast.fisher.probe import RowFinder, key_of
+from fishfast.fisher.probe import RowFinder
 from fishfast.fisher.recorder import Recorder
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.rows import layouts
@@ -91,11 +96,11 @@ class Scorer:
             torch.autograd.set_multithreading_enabled(False),
             self.interception,
         ):
-            losses, found = self._forward(batch)
+            losses, found = self.forward(batch)
             with torch.autocast(device, enabled=False):
                 while several := self._find_rows(losses.probe, found):
                     self._catch_later(several)
-                    losses, found = self._forward(batch)
+                    losses, found = self.forward(batch)
                 size = len(losses.probe)
                 counted = size if limit is None else min(limit, size)
                 rows = losses.rows()
@@ -106,7 +111,7 @@ class Scorer:
                     self._add_fallback(row, counted)
                     row = following
                 if not self._is_finite():
-                    raise ValueError(self._blame(batch))
+                    raise ValueError(blame(self, batch))
         self._note_roads(found)
         return counted, size
 
@@ -116,21 +121,36 @@ class Scorer:
         yield
         self.seconds[phase] += time.perf_counter() - start
 
-    def _forward(self, batch: Any) -> tuple[Losses, Audit]:
+    def forward(self, batch: Any) -> tuple[Losses, Audit]:
         """Run the forward until every parameter that calls do not cover is left to autograd."""
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        versions = [tensor._version for tensor in tensors]
         while True:
             self.passes["forward"] += 1
-            self.interception.most_rows = 1
+            self.interception.restart()
             with self._timed("forward"):
                 try:
-                    losses = self.objective(self.model, batch)
+                    # A shallow copy: loss_fn may take entries out, and the forward may run again.
+                    given = copy.copy(batch) if isinstance(batch, (dict, list)) else batch
+                    losses = self.objective(self.model, given)
                 except SecondDerivativeError:
-                    reason = "loss_fn takes a gradient with create_graph=True"
+                    reason = "loss_fn takes gradients itself"
                     self._leave_to_autograd(
                         {name: reason for name in self.parameters if name not in self.fallback}
                     )
                     continue
                 found = audit(losses.probe, self.interception.tracker)
+            if versions != [tensor._version for tensor in tensors]:
+                raise ValueError(
+                    "loss_fn must leave the batch's tensors as they are, because a forward may run "
+                    "again; it changed one in place; work on a copy"
+                )
+            stale = [name for name in _names(found.calls) if name in self.fallback]
+            if stale:
+                raise ValueError(
+                    "a model must not use tensors of an earlier forward, such as cached features; "
+                    f"it does, behind {stale[0]!r}; clear them before scoring"
+                )
             foreign = {
                 name: f"used by {call}, which has no rule for it"
                 for name, call in found.foreign.items()
@@ -155,16 +175,16 @@ class Scorer:
 
     def _find_rows(self, losses: Tensor, found: Audit) -> list[Any]:
         """Give every call its rows; return those where samples mix."""
-        unknown = self.rows.known(found.calls, len(losses))
-        return self._probe(unknown, losses) if unknown else []
+        unknown = self.rows.known(found, len(losses), self.interception.gathered)
+        return self._probe(unknown, losses, found) if unknown else []
 
-    def _probe(self, nodes: list[Any], losses: Tensor) -> list[Any]:
+    def _probe(self, nodes: list[Any], losses: Tensor, found: Audit) -> list[Any]:
         def backward(weights: Tensor) -> None:
             self.passes["probe"] += 1
-            self._backward((losses * weights).sum(), self.rows.observe)
+            self.backward((losses * weights).sum(), self.rows.observe)
 
         with self._timed("probe"):
-            several, reached = self.rows.find(nodes, len(losses), losses, backward)
+            several, reached = self.rows.find(nodes, found, len(losses), losses, backward)
         # Only a call that could have the samples in its rows says something about the losses.
         telling = [
             node for node in several
@@ -184,12 +204,12 @@ class Scorer:
         while True:
             self.passes["backward"] += 1
             with self._timed("backward"):
-                self._backward(total, recorder.observe, keep_graph)
+                self.backward(total, recorder.observe, keep_graph)
                 left_out = recorder.finish()
             if not recorder.unresolved:
                 return
             # A call that no gradient had reached before, and whose rows are not known yet.
-            if mixed := self._probe(recorder.unresolved, losses):
+            if mixed := self._probe(recorder.unresolved, losses, found):
                 raise ValueError(_COUPLED.format(_names(mixed)[0]))
             if lost := [node for node in recorder.unresolved if node.rows is None]:
                 # Only a gradient that is not finite hides its rows: the sample is found by name.
@@ -199,13 +219,13 @@ class Scorer:
             recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
             recorder.only = left_out
 
-    def _backward(
+    def backward(
         self, loss: Tensor, observe: Callable[[Any, Any, Tensor], None], keep_graph: bool = True
     ) -> None:
         """Run the backward of all intercepted calls; their weights' gradients are not computed."""
         self.interception.observe = observe
         try:
-            _gradients(loss, [self.interception.anchor], keep_graph)
+            gradients(loss, [self.interception.anchor], keep_graph=keep_graph)
         finally:
             self.interception.observe = None
 
@@ -218,7 +238,7 @@ class Scorer:
         with self._timed("fallback"):
             for loss in losses[:counted]:
                 self.passes["fallback"] += 1
-                for name, grad in zip(names, _gradients(loss, inputs), strict=True):
+                for name, grad in zip(names, gradients(loss, inputs), strict=True):
                     if grad is not None:
                         self.scores[name] += self.add.f(grad.float())
 
@@ -231,29 +251,12 @@ class Scorer:
             return True
         return all(bool(score.isfinite().all()) for score in self.scores.values())
 
-    def _blame(self, batch: Any) -> str:
-        """Find the sample and the parameter with a gradient that is not finite."""
-        self._leave_to_autograd(dict.fromkeys(self.parameters, ""))
-        losses = self.objective(self.model, batch).probe
-        for index, loss in enumerate(losses):
-            grads = _gradients(loss, list(self.parameters.values()))
-            for name, grad in zip(self.parameters, grads, strict=True):
-                if grad is not None and not torch.isfinite(grad).all():
-                    return (
-                        f"gradients must be finite; that of {name!r} is not for sample {index} of "
-                        "the batch; nothing of it was kept; check the sample and the losses"
-                    )
-        return (
-            "scores must be finite; a batch has gradients above 1.8e19, whose squares overflow "
-            "fp32; nothing of it was kept; scale the losses down"
-        )
-
     def _note_roads(self, found: Audit) -> None:
         for node in found.calls:
             for operand in node.operands:
                 if operand is None:
                     continue
-                if key_of(node) in self.rows.irregular:
+                if node.rows is not None and node.rows.layout is None:
                     road = SORTED
                 elif operand.region is None or isinstance(node.rule, BroadcastRule):
                     road = EXPANDED
@@ -279,32 +282,27 @@ def _not_compiled() -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+_REPLACED = threading.Lock()
+_num_replacing = 0
+
+
 @contextlib.contextmanager
 def _checkpoints_not_reentrant() -> Iterator[None]:
     """Run reentrant checkpoints as the other kind: same values, and a graph that can be audited."""
+    global _num_replacing
     function = torch.utils.checkpoint.CheckpointFunction
     again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
     def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         return again(run, *args, preserve_rng_state=preserve_rng_state)
 
-    function.apply = apply  # type: ignore[method-assign]  # shadows the inherited method
+    with _REPLACED:
+        _num_replacing += 1
+        function.apply = apply  # type: ignore[method-assign]  # shadows the inherited method
     try:
         yield
     finally:
-        del function.apply
-
-
-def _gradients(
-    loss: Tensor, inputs: list[Any], keep_graph: bool = True
-) -> tuple[Tensor | None, ...]:
-    """Return what torch.autograd.grad does, without leaving the function mode.
-
-    The mode would take grad() itself for a function to handle and step aside while it runs, and a
-    checkpointed layer, which runs again in there, would not be intercepted the second time.
-    """
-    engine = torch.autograd.Variable._execution_engine
-    return engine.run_backward(
-        (loss,), (torch.ones_like(loss),), keep_graph, False, tuple(inputs), True,
-        accumulate_grad=False,
-    )  # fmt: skip
+        with _REPLACED:
+            _num_replacing -= 1
+            if _num_replacing == 0:  # not while another thread scores
+                del function.apply

@@ -1,13 +1,14 @@
-"""Gives the model back as it was: modes and the parameters' hooks."""
+"""Gives the model back as it was: modes, hooks, buffers; and the random state."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
-__all__ = ["hooks_set_aside", "scoring_mode"]
+__all__ = ["OwnRandomState", "buffers_put_back", "hooks_set_aside", "scoring_mode"]
 
 
 @contextlib.contextmanager
@@ -51,6 +52,53 @@ def hooks_set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p, own in hooks:
             p._backward_hooks = own
+
+
+@contextlib.contextmanager
+def buffers_put_back(model: nn.Module) -> Iterator[None]:
+    """Give a model that counts in its buffers, or replaces them, the old ones back."""
+    kept = [
+        (module, name, buffer, buffer.clone(), buffer._version)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value, version in kept:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+class OwnRandomState:
+    """While it is entered, noise is drawn from a state of its own, which goes on at the next entry.
+
+    Args:
+        devices: those whose states are kept apart, besides the CPU.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cuda = sorted({device.index for device in devices if device.type == "cuda"})
+        self._own = self._outer = self._get()
+
+    def _get(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in self._cuda)]
+
+    def _set(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for index, state in zip(self._cuda, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, index)
+
+    def __enter__(self) -> None:
+        self._outer = self._get()
+        self._set(self._own)
+
+    def __exit__(self, *error: object) -> None:
+        self._own = self._get()
+        self._set(self._outer)
 
 
 def _dropout(module: nn.Module) -> float:

@@ -9,8 +9,8 @@ from .attention import ATTENTION
 from .case import Calls, Case, classify, only, parameter, per_sample
 from .computed import COMPUTED
 from .experts import EXPERTS
-from .families import DENSE, FAMILIES, huggingface
 from .fallback import FALLBACK, mixed_samples_before_a_batched_head
+from .families import DENSE, FAMILIES, huggingface
 from .layers import LAYERS, convnet_with_norms
 from .positions import POSITIONS
 from .rows import ROWS
@@ -18,8 +18,9 @@ from .ruled import RULED, embedding, mlp
 from .shared import SHARED
 
 __all__ = [
-    "CASES", "DENSE", "FAMILIES", "HUGGINGFACE", "Calls", "Case", "classify", "convnet_with_norms", "embedding",
-    "huggingface", "mixed_samples_before_a_batched_head", "mlp", "only", "parameter", "per_sample",
+    "CASES", "DENSE", "FAMILIES", "HUGGINGFACE", "Calls", "Case", "classify", "convnet_with_norms",
+    "embedding", "huggingface", "mixed_samples_before_a_batched_head", "mlp", "only", "parameter",
+    "per_sample",
 ]  # fmt: skip
 
 HUGGINGFACE = list(FAMILIES)

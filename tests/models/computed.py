@@ -11,7 +11,15 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from .case import (
-    MEETS_DATA, Calls, Case, classify, parameter, per_sample, sequences, token_ids, vectors,
+    MEETS_DATA,
+    Calls,
+    Case,
+    classify,
+    parameter,
+    per_sample,
+    sequences,
+    token_ids,
+    vectors,
 )  # fmt: skip
 
 
@@ -181,7 +189,9 @@ def symmetric_weight_cached():
 
 def pruned():
     """A mask is a buffer times the weight, as torch.nn.utils.prune and BitFit-like methods do."""
-    masks = {f"mask_{i}": (torch.rand(shape) > 0.5).float() for i, shape in enumerate(((6, 6), (4,)))}
+    masks = {
+        f"mask_{i}": (torch.rand(shape) > 0.5).float() for i, shape in enumerate(((6, 6), (4,)))
+    }
 
     def run(self, x):
         x = torch.tanh(F.linear(x, self.first.weight * self.mask_0, self.first.bias))
@@ -211,6 +221,34 @@ def low_rank_updates():
     return case
 
 
+def written_weights():
+    """Weights that are put together in place: rows and corners come from other parameters."""
+
+    def run(self, x):
+        first = self.first.clone()
+        first[0] = self.row
+        first[:, 1:3].mul_(self.scale)
+        second = torch.zeros(4, 6, dtype=x.dtype, device=x.device)
+        second[:2], second[2:] = self.upper, self.upper * self.scale[0]
+        return F.linear(torch.tanh(F.linear(x, first)), second)
+
+    model = Calls(
+        run, first=parameter(6, 6), row=parameter(6), scale=parameter(2), upper=parameter(2, 6)
+    )  # fmt: skip
+    return Case(model, vectors(4, 3), classify, {"first", "row", "scale", "upper"})
+
+
+def filters_in_the_frequency_domain():
+    """Weights that are pairs of reals, seen as complex numbers."""
+
+    def run(self, x):
+        spectrum = torch.fft.rfft(self.inner(x), dim=1) * torch.view_as_complex(self.filter)
+        return self.head(torch.fft.irfft(spectrum, n=x.shape[1], dim=1))
+
+    model = Calls(run, inner=nn.Linear(8, 6), head=nn.Linear(6, 3), filter=parameter(3, 6, 2))
+    return Case(model, sequences(4, 3), per_sample, {"filter"})
+
+
 def fake_quantised():
     """A weight of integers and scales; the rounding passes its gradient on."""
 
@@ -235,7 +273,7 @@ def weight_of_a_small_network():
 
 
 def recurrent(kind):
-    """cuDNN's weights go through one call, whose output belongs to the samples again."""
+    """The weights of cuDNN go through one call, whose output belongs to the samples again."""
     width, options = 5, {"batch_first": True}
     if kind == "lstm":
         options |= {"num_layers": 2}
@@ -284,7 +322,8 @@ COMPUTED: dict[str, Callable[[], Case]] = {
         rms_norms_as_products, other_norms, scales_and_shifts, shifts_in_place, bare_parameters,
         layer_scales, state_space, weight_norm, weight_norm_of_a_convolution, spectral_norm,
         orthogonal, symmetric_weight_cached, pruned, low_rank_updates, fake_quantised,
-        weight_of_a_small_network, recurrent_cell, embedding_bag, renormalised_embedding,
+        weight_of_a_small_network, written_weights,
+        filters_in_the_frequency_domain, recurrent_cell, embedding_bag, renormalised_embedding,
     )
 }  # fmt: skip
 COMPUTED |= {kind: functools.partial(recurrent, kind) for kind in ("lstm", "gru", "rnn")}

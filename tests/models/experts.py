@@ -104,7 +104,9 @@ class RoutedLayers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 8)) for _ in range(2)
+        )
         self.head = nn.Linear(8, 3)
 
     def forward(self, x):
@@ -129,7 +131,11 @@ def routed_tokens(*batches):
 # The first batch shows a regular order that the next ones have the sizes of, but do not follow.
 ROUTED_TOKENS = {
     "routed_tokens": (["0110", "1001", "0000"], ["1010", "0111"]),
-    "all_tokens_to_one_expert_first": (["0000", "0000"], ["00111111", "00000011"], ["0100", "0101"]),
+    "all_tokens_to_one_expert_first": (
+        ["0000", "0000"],
+        ["00111111", "00000011"],
+        ["0100", "0101"],
+    ),
     "one_token_of_each_sample_first": (["0111", "0111", "0111"], ["1010", "1111", "0111"]),
     "all_to_one_then_two_of_one_sample": (["0", "0", "0"], ["010", "111", "011"]),
     "the_last_expert_gets_all_tokens_first": (["1111", "1111"], ["1101", "0111"], ["1011", "1101"]),

@@ -212,7 +212,9 @@ DENSE = {
             "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "num_labels": 3,
         }), sound,
     ),
-    "vit": Family("ViTForImageClassification", ("ViTConfig", {**_SMALL, **_IMAGE, "patch_size": 8}), image),
+    "vit": Family(
+        "ViTForImageClassification", ("ViTConfig", {**_SMALL, **_IMAGE, "patch_size": 8}), image
+    ),
     "dinov2": Family(
         "Dinov2ForImageClassification",
         ("Dinov2Config", {**_SMALL, **_IMAGE, "patch_size": 8, "mlp_ratio": 2}), image,

@@ -1,4 +1,4 @@
-"""Positions, class tokens and queries: parameters that know nothing of samples until they meet them."""
+"""Positions, class tokens and queries: parameters that the samples share before they meet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .case import (
-    MEETS_DATA, Calls, Case, next_token, parameter, per_sample, sequences, token_ids,
+    MEETS_DATA,
+    Calls,
+    Case,
+    next_token,
+    parameter,
+    per_sample,
+    sequences,
+    token_ids,
 )  # fmt: skip
 
 
@@ -229,6 +236,26 @@ def queries_without_a_batch():
     return Case(model, sequences(3, 2, 1), per_sample, roads=roads)
 
 
+def learned_in_fused_attention(what, length=5):
+    """Learned queries, or values of width 1, go into torch's own attention as they are."""
+
+    def run(self, x):
+        keys = self.key(x)
+        if what == "queries":
+            queries, values = self.learned.expand(len(x), -1, -1), torch.tanh(self.other(x))
+        else:
+            queries, values = self.other(x), self.learned
+        return F.scaled_dot_product_attention(queries, keys, values)
+
+    learned = parameter(1, 3, 8) if what == "queries" else parameter(1, length, 1)
+    model = Calls(
+        run, learned=learned, key=nn.Linear(8, 8, bias=False), other=nn.Linear(8, 8)
+    )  # fmt: skip
+    roads = {"learned": MEETS_DATA} if what == "queries" else {}
+    fallback = {"learned"} if what == "values" else set()
+    return Case(model, sequences(4, 3, length=length), per_sample, fallback, roads)
+
+
 def pooling_by_a_query():
     """A query [D] that every token is compared with: a product with a vector of parameters."""
 
@@ -256,6 +283,10 @@ POSITIONS |= {
         positions, (1, 3, 4), broadcast=True
     ),
     "positions_after_a_batch_of_one": functools.partial(positions, (1, 4, 3)),
+}
+POSITIONS |= {
+    f"learned_{what}_over_{n}_keys": functools.partial(learned_in_fused_attention, what, n)
+    for what, n in (("queries", 5), ("queries", 8), ("queries", 1), ("values", 5))
 }
 POSITIONS |= {
     f"class_tokens_{way}": functools.partial(class_tokens, way)

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .case import (
-    MEETS_DATA, SORTED, Calls, Case, classify, images, parameter, per_sample, sequences, vectors,
+    MEETS_DATA,
+    SORTED,
+    Calls,
+    Case,
+    classify,
+    images,
+    parameter,
+    per_sample,
+    sequences,
+    vectors,
 )  # fmt: skip
 
 
@@ -69,9 +78,7 @@ def frames():
         run, conv=nn.Conv2d(3, 6, 3, stride=2), norm=nn.GroupNorm(2, 6), mix=nn.Linear(5, 5),
         second=nn.Conv2d(6, 5, 2), head=nn.Linear(5, 4), scale=parameter(1, 6, 1, 1),
     )  # fmt: skip
-    batches = [
-        (torch.randn(b, t, 3, 7, 7), torch.randint(0, 4, (b,))) for b, t in ((3, 4), (2, 5))
-    ]
+    batches = [(torch.randn(b, t, 3, 7, 7), torch.randint(0, 4, (b,))) for b, t in ((3, 4), (2, 5))]
     return Case(model, batches, classify, roads={"scale": MEETS_DATA})
 
 
@@ -118,7 +125,7 @@ def routed_samples():
     return case
 
 
-def packed_sequences():
+def packed_sequences(first=(3, 5, 1, 4)):
     """Samples of different length as one row of tokens, with the sample of each beside it."""
 
     def run(self, tokens, samples, size):
@@ -143,12 +150,53 @@ def packed_sequences():
         head=nn.Linear(6, 4),
     )  # fmt: skip
     batches = []
-    for lengths in ((3, 5, 1, 4), (2, 6), (4, 4, 4)):
+    for lengths in (first, (2, 6), (4, 4, 4), (5, 3, 4)):
         samples = torch.repeat_interleave(torch.tensor(lengths))
         labels = torch.randint(0, 4, (len(lengths),))
         batches.append((torch.randint(0, 11, (len(samples),)), samples, labels))
     roads = {"head.*": "batched", "*": SORTED}
     return Case(model, batches, loss_fn, roads=roads, take=take)
+
+
+def packed_crops():
+    """Bags of crops, each with the sample's number; in the first batch every bag holds one."""
+
+    def run(self, x, samples, size):
+        x = torch.tanh(self.inner(x))
+        return self.head(x.new_zeros(size, *x.shape[1:]).index_add(0, samples, x)).mean(1)
+
+    def loss_fn(model, batch):
+        crops, samples, labels = batch
+        return F.cross_entropy(model(crops, samples, len(labels)), labels, reduction="none")
+
+    def take(batch, b):
+        crops, samples, labels = batch
+        mine = samples == b
+        one = (crops[mine], torch.zeros_like(samples[mine]), labels[b : b + 1])
+        return one if b < len(labels) else None
+
+    batches = []
+    for bags in ((1, 1, 1), (1, 2, 0), (0, 1, 2), (2, 2)):
+        samples = torch.repeat_interleave(torch.tensor(bags))
+        batches.append(
+            (torch.randn(len(samples), 2, 6), samples, torch.randint(0, 4, (len(bags),)))
+        )
+    model = Calls(run, inner=nn.Linear(6, 6), head=nn.Linear(6, 4))
+    return Case(model, batches, loss_fn, roads={"inner.*": SORTED}, take=take)
+
+
+def one_layer_in_two_orders(flat):
+    """A layer sees [B, T] and then [T, B]; flat, it sees samples in blocks, then in a cycle."""
+
+    def run(self, x):
+        size, length = x.shape[:2]
+        x = torch.tanh(self.layer(x.flatten(0, 1) if flat else x)).view(size, length, -1)
+        x = x.transpose(0, 1)
+        x = self.layer(x.flatten(0, 1) if flat else x).view(length, size, -1)
+        return x.transpose(0, 1)
+
+    batches = [torch.randn(3, 5, 4), torch.randn(5, 5, 4), torch.randn(2, 5, 4)]
+    return Case(Calls(run, layer=nn.Linear(4, 4)), batches, per_sample)
 
 
 def graphs():
@@ -224,7 +272,13 @@ ROWS: dict[str, Callable[[], Case]] = {
     make.__name__: make
     for make in (
         flattened_tokens, flattened_time_first, time_first, frames, samples_in_another_order,
-        sorted_by_length, routed_samples, packed_sequences, graphs, several_rows_of_features, batch_norm_of_flattened_tokens, several_losses_of_one_image,
+        sorted_by_length, routed_samples, packed_sequences, packed_crops, graphs,
+        several_rows_of_features, batch_norm_of_flattened_tokens, several_losses_of_one_image,
     )
 }  # fmt: skip
-ROWS |= {"time_first_of_three": functools.partial(time_first, 3)}
+ROWS |= {
+    "time_first_of_three": functools.partial(time_first, 3),
+    "packed_sequences_of_one_length_first": functools.partial(packed_sequences, (4, 4, 4)),
+    "one_layer_in_two_orders": functools.partial(one_layer_in_two_orders, False),
+    "one_flat_layer_in_two_orders": functools.partial(one_layer_in_two_orders, True),
+}

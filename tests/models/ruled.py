@@ -12,7 +12,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .case import (
-    UNUSED, Calls, Case, classify, parameter, per_sample, sequences, token_ids, vectors,
+    UNUSED,
+    Calls,
+    Case,
+    classify,
+    parameter,
+    per_sample,
+    sequences,
+    token_ids,
+    vectors,
 )  # fmt: skip
 from .layers import convnet_with_norms
 

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from .case import (
-    MEETS_DATA, Calls, Case, classify, next_token, parameter, per_sample, sequences, token_ids,
+    MEETS_DATA,
+    Calls,
+    Case,
+    classify,
+    next_token,
+    parameter,
+    per_sample,
+    sequences,
+    token_ids,
     vectors,
 )  # fmt: skip
 
@@ -97,7 +105,9 @@ def two_towers():
 
     encoder = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 4))
     batches = list(zip(sequences(3, 2), sequences(3, 2, length=7), strict=True))
-    return Case(Calls(run, encoder=encoder), batches, lambda model, batch: model(*batch).sum(1) ** 2)
+    return Case(
+        Calls(run, encoder=encoder), batches, lambda model, batch: model(*batch).sum(1) ** 2
+    )
 
 
 def two_crops_in_one_batch():

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 ARCHITECTURES = (80, 90, 100)
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",

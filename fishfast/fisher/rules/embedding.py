@@ -22,6 +22,7 @@ class EmbeddingRule(Rule):
     batch, and is no part of the loss's derivative.
     """
 
+    keeps_input = True  # the ids, which tell a tied head its own rows
     arguments: tuple[str, ...] = (
         "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse",
     )  # fmt: skip

@@ -80,7 +80,8 @@ class RMSNormRule(LayerNormRule):
 
     def _statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         eps = self.options.get("eps")
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        # torch's default is that of the precision in which it computes.
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
         dims = tuple(range(self.num_lead(x), x.dim()))
         return None, torch.rsqrt(x.float().square().mean(dims) + eps)
 

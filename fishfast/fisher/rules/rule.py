@@ -28,10 +28,12 @@ class Rule(ABC):
     arguments: tuple[str, ...] = ()
     # Whether autocast runs the function in its lower precision.
     in_low_precision = False
+    # Whether `x` is kept after the call, apart from what autograd saves.
+    keeps_input = False
 
     def __init__(self, func: Callable[..., Any], call: dict[str, Any]) -> None:
         self.func = func
-        self.x: Tensor = call.pop("input")
+        self.x: Any = call.pop("input")
         self.operands: tuple[Tensor | None, ...] = (
             call.pop("weight", None),
             call.pop("bias", None),
@@ -44,7 +46,8 @@ class Rule(ABC):
     ) -> Rule | None:
         """Return the rule for a call, or None if it is not exact for it."""
         call = {**dict(zip(cls.arguments, args, strict=False)), **kwargs}
-        if not isinstance(call.get("input"), Tensor):
+        x = call.get("input")
+        if not isinstance(x, Tensor) or x.is_complex():
             return None
         rule = cls(func, call)
         return rule if rule.is_exact() else None
