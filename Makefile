@@ -19,7 +19,8 @@ doctest: $(VENV)/installed
 	$(RUN) -m pytest --doctest-modules fishfast
 
 bench: $(VENV)/installed
-	$(RUN) -m pytest bench --benchmark-enable --benchmark-json=bench/out/cpu.json
+	mkdir -p bench/out
+	FISHFAST_BENCH=full $(RUN) -m pytest bench -s --benchmark-enable --benchmark-json=bench/out/cpu.json
 
 lint: $(VENV)/lint
 	$(RUN) -m ruff check .

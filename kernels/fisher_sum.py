@@ -31,7 +31,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# 8 values a thread: with more, the addresses of four operands crowd the registers. What hides the
+# 4 values a thread: with more, the addresses of four operands crowd the registers. What hides the
 # wait for memory is programs, several on each multiprocessor.
 CONFIGS = {
     "features": Config(1, 16, 64, 8),
@@ -42,7 +42,7 @@ CONFIGS = {
 _PROGRAMS_PER_SM = 4
 # What a thread may have with two programs on a multiprocessor. Without this bound the assembler aims
 # at more programs, and spills a few registers for it.
-_MAX_REGISTERS = 64
+_MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -124,9 +124,9 @@ def add_sum(
     if grad.numel() == 0:
         return
     num_samples, num_positions, num_features = grad.shape
-    if num_positions < 16:
+    if num_positions < 8:
         config = CONFIGS["short"]
-    elif num_positions >= 128 and grad.stride(1) == 1 and grad.stride(2) != 1:
+    elif num_positions >= 64 and grad.stride(1) == 1 and grad.stride(2) != 1:
         config = CONFIGS["positions"]
     else:
         config = CONFIGS["features"]

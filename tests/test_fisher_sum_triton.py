@@ -11,8 +11,8 @@ from triton_cpu import oracle, plain
 from triton_cpu.comparing import assert_close, random
 from triton_cpu.running import WHERE, run
 
-# B, T, D: one position, few positions, more than a step of each dim, odd sizes.
-SHAPES = [(1, 1, 1), (7, 1, 65), (9, 3, 70), (2, 23, 31), (3, 24, 64), (2, 65, 129), (5, 130, 17)]
+# B, T, D: one position, few positions, around a step of each dim, odd sizes.
+SHAPES = [(1, 1, 1), (9, 1, 65), (6, 7, 70), (2, 8, 31), (3, 16, 64), (2, 17, 129), (4, 70, 17)]
 
 
 def check(where, score, grad, x, mean, rstd, power, num_sms=8):
@@ -105,7 +105,7 @@ def test_score_with_a_stride(where) -> None:
 
 @pytest.mark.parametrize("where", WHERE)
 def test_same_bits_every_time(where) -> None:
-    grad, x = (random(20, 70, 65, dtype=torch.bfloat16, seed=s) for s in (0, 1))
+    grad, x = (random(9, 40, 65, dtype=torch.bfloat16, seed=s) for s in (0, 1))
     scores = [torch.zeros(65) for _ in range(2)]
     for score in scores:
         run(where, "add_sum", score, grad, x, *rows_statistics(x), 2)

@@ -100,7 +100,7 @@ def test_linear() -> None:
 def sum_operands(dtype):
     """Contiguous features, contiguous positions, neither; aligned and not."""
     for size in (128, 67):
-        for positions in (3, 64, size + 64):
+        for positions in (3, 32, 64):
             yield torch.zeros(2, positions, size, dtype=dtype)
             yield torch.zeros(2, size, positions, dtype=dtype).transpose(1, 2)
     yield torch.zeros(2, 64, 70, dtype=dtype)[:, :, ::2]
