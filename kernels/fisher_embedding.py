@@ -71,9 +71,7 @@ def embedding_kernel(
         tl.store(ptrs, score + total, mask=d < num_features)
 
 
-def add_embedding(
-    score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor, power: int
-) -> None:
+def add_embedding(score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor, power: int) -> None:
     """Add the per-sample scores of the rows that were looked up to ``score``, in place.
 
     Args:

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from fishfast.kernels.launch import aligned_rows, divide_samples, fp32_precision, misaligned
 
-__all__ = ["ROWS_CONFIGS", "SAMPLES_CONFIGS", "Config", "add_linear", "rows_kernel", "samples_kernel"]
+__all__ = [
+    "ROWS_CONFIGS",
+    "SAMPLES_CONFIGS",
+    "Config",
+    "add_linear",
+    "rows_kernel",
+    "samples_kernel",
+]
 
 
 class Config(NamedTuple):
@@ -251,4 +258,3 @@ def add_linear(
             )
     if not direct:
         score += (out.sum(0) if splits > 1 else out[0])[:num_out, :num_in]
-

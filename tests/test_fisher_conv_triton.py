@@ -67,9 +67,7 @@ def check(where, score, conv, grad, x, power, num_sms=8):
     assert_close(
         score,
         before,
-        functools.partial(
-            plain.conv, grad=grad, x=x, **dict(zip(names, options, strict=True))
-        ),
+        functools.partial(plain.conv, grad=grad, x=x, **dict(zip(names, options, strict=True))),
         oracle.conv(score.shape, grad, x, *options),
     )
 

@@ -28,9 +28,7 @@ def check(where, score, tokens, samples, grad, power):
     assert_close(
         score,
         before,
-        functools.partial(
-            plain.embedding, tokens=tokens, samples=samples, grad=grad, power=power
-        ),
+        functools.partial(plain.embedding, tokens=tokens, samples=samples, grad=grad, power=power),
         oracle.embedding(len(score), tokens, samples, grad, power),
     )
     untouched = torch.ones(len(score), dtype=torch.bool)

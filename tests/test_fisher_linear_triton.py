@@ -47,9 +47,7 @@ def check(where, score, grad, x, starts, ends, power, num_sms=8):
     assert_close(
         score,
         before,
-        functools.partial(
-            plain.linear, grad=grad, x=x, starts=starts, ends=ends, power=power
-        ),
+        functools.partial(plain.linear, grad=grad, x=x, starts=starts, ends=ends, power=power),
         oracle.linear(grad, x, starts, ends, power),
     )
 

@@ -119,7 +119,7 @@ def test_sum() -> None:
                 )
     reached = configs_of(launches, fisher_sum.Config)
     assert reached == table_of(fisher_sum.CONFIGS.values())
-    check(launches, 3 * 4 * 12)
+    check(launches, 3 * 4 * 11)
 
 
 def test_embedding() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fishfast.fisher.operands import Operand, Tracker, disjoint_groups
@@ -11,10 +12,21 @@ from fishfast.fisher.operands import Operand, Tracker, disjoint_groups
 __all__ = ["Audit", "audit"]
 
 
-_SCATTERING = {
-    "IndexAddBackward0", "IndexPutBackward0", "IndexCopyBackward0", "ScatterAddBackward0",
-    "ScatterBackward0", "ScatterReduceBackward0", "MaskedScatterBackward0",
-    "SegmentReduceBackward0",
+# Calls that move rows to where tensors say. All that lies between a call and the losses decides
+# which sample a row belongs to: without one of these it is the same in every batch of these sizes.
+_MOVING = {
+    f"{name}Backward{number}" for number in (0, 1, 2)
+    for name in (
+        "Index", "IndexPut", "IndexSelect", "IndexAdd", "IndexCopy", "IndexFill", "IndexReduce",
+        "Gather", "Scatter", "ScatterAdd", "ScatterReduce", "MaskedSelect", "MaskedScatter", "Take",
+        "Put", "SegmentReduce", "Sort", "Topk", "Embedding", "EmbeddingBag", "PackPaddedSequence",
+    )
+}  # fmt: skip
+
+# Calls that cut a tensor up; samples of other lengths, packed, are cut in other places.
+_CUTTING = {
+    "SplitWithSizesBackward0": "_saved_split_sizes", "SplitBackward0": "_saved_split_size",
+    "SelectBackward0": "_saved_index", "SliceBackward0": "_saved_start",
 }  # fmt: skip
 
 # Uses of overlapping parts of parameters: nodes, and which of their operands.
@@ -29,15 +41,16 @@ class Audit(NamedTuple):
         foreign: name -> what uses it, for parameters that are used by something else too.
         groups: node -> for each operand the uses, itself among them, that are summed with it.
         used: the names of all parameters that the losses depend on.
-        scattered: the calls whose rows a tensor distributes further on, over samples perhaps.
-        structure: the same for graphs of the same calls in the same order, whatever the sizes.
+        moved: the calls whose rows tensors of indices put elsewhere before the losses.
+        structure: the same for graphs of the same calls in the same order, whatever the sizes, that
+            cut dim 0 in the same places.
     """
 
     calls: list[Any]
     foreign: dict[str, str]
     groups: dict[Any, list[Group | None]]
     used: set[str]
-    scattered: set[Any]
+    moved: set[Any]
     structure: int
 
 
@@ -60,13 +73,15 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
     calls: list[Any] = []
     foreign: dict[str, str] = {}
     walked: list[Any] = []
-    scatters: list[Any] = []
+    movers: list[Any] = []
     seen, stack = {losses.grad_fn}, [losses.grad_fn]
     while stack:
         node: Any = stack.pop()
         walked.append(node.name())
-        if _scatters(node):
-            scatters.append(node)
+        if node.name() in _CUTTING:
+            walked.append(_cut(node))
+        if _moves(node):
+            movers.append(node)
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
                 "activation checkpoints must not be reentrant: the parameters inside one are "
@@ -93,17 +108,28 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
     ]
     used = set(foreign).union(*(operand.names for _, _, operand in uses))
     groups, structure = _groups(calls, uses), hash(tuple(walked))
-    return Audit(calls, foreign, groups, used, _calls_above(scatters), structure)
+    return Audit(calls, foreign, groups, used, _calls_above(movers), structure)
 
 
-def _scatters(node: Any) -> bool:
-    """Whether a tensor of indices decides in which row of dim 0 a call puts what it gets."""
+def _moves(node: Any) -> bool:
+    """Whether tensors say which row of dim 0 goes where; they do not in ``x[arange(B), ids]``."""
     name = node.name()
-    if name not in _SCATTERING:
-        return False
-    if name == "IndexPutBackward0":
-        return node._saved_indices[0] is not None
-    return getattr(node, "_saved_dim", 0) == 0
+    if name in {"IndexBackward0", "IndexPutBackward0"}:
+        first = node._saved_indices[0]
+        if first is None or first.dim() != 1 or first.dtype == torch.bool:
+            return first is not None
+        return not torch.equal(first, torch.arange(len(first), device=first.device))
+    if name == "GatherBackward0":
+        dims = node._saved_index.dim()
+        return dims == 1 or node._saved_dim not in {dims - 1, 2**64 - 1}
+    return name in _MOVING
+
+
+def _cut(node: Any) -> Any:
+    """Return where a call cuts dim 0; None for another dim."""
+    if node._saved_dim != 0:
+        return None
+    return str(getattr(node, _CUTTING[node.name()])), str(getattr(node, "_saved_end", None))
 
 
 def _calls_above(nodes: list[Any]) -> set[Any]:

@@ -40,7 +40,7 @@ def _culprit(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
     The loss of another sample reaches such a row too, with 0 times infinity.
     """
     losses, found = scorer.forward(batch)
-    scorer.rows.known(found, len(losses.probe), scorer.interception.gathered)
+    scorer.rows.known(found, len(losses.probe))
     culprits: list[tuple[int, str]] = []
 
     def look(node: Any, x: Tensor | None, grad: Tensor) -> None:

@@ -59,8 +59,7 @@ class Interception(TorchFunctionMode):
         levels: how eagerly each one is caught, by name.
         anchor: a leaf that every intercepted call depends on; a backward to it runs them all.
         observe: called in the backward of every intercepted call.
-        most_rows: the largest dim 0 that an intercepted call had since `restart`.
-        gathered: whether rows were selected by a tensor since then.
+        most_rows: the largest dim 0 that an intercepted call had since this was set to 1.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -69,12 +68,7 @@ class Interception(TorchFunctionMode):
         self.levels = dict.fromkeys(parameters, EAGER)
         self.anchor = torch.zeros((), requires_grad=True)
         self.observe: Observer | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the last forward."""
         self.most_rows = 1
-        self.gathered = False
 
     def __torch_function__(
         self,
@@ -103,8 +97,6 @@ class Interception(TorchFunctionMode):
                         sources = self._sources(tensor)
                         names |= sources
                         data |= not sources
-        if func in _SELECTING and (func in _BY_TENSOR or any(True for _ in tensors_in(args[1:]))):
-            self.gathered = True
         if not names:
             return func(*args, **kwargs)
         if func is torch.autograd.grad and data:  # it would not find what the calls have cut off
@@ -217,12 +209,6 @@ def _opened(func: Any) -> Callable[..., Any]:
 
 
 _OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
-_BY_TENSOR = {
-    getattr(module, name)
-    for name in ("index_select", "masked_select", "gather", "take", "take_along_dim")
-    for module in (torch, torch.Tensor)
-}
-_SELECTING = _BY_TENSOR | {torch.Tensor.__getitem__}
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _SHAPE_BY_ARGUMENTS = {
     torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to,

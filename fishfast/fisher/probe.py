@@ -8,9 +8,10 @@ power, whose exponent names the sample; a row of the largest loss has a gradient
 Where a row is neither (it mixes samples, or its gradient is too small to be exact), backwards of
 half of the losses and of the other half decide, one pair for each bit of the sample's number.
 
-What is learned is a `Layout` for each call of a graph of this structure. It is trusted in later
-batches if its sizes say the same and no data decide which rows come: calls that get selected rows
-(experts, unpadded or sorted sequences) are looked at in every batch.
+What is learned is a `Layout` for each call of a graph of this structure. Which loss a row belongs
+to depends on what lies between the call and the losses: it is trusted in later batches if the sizes
+say the same and no tensor of indices moves rows there. Calls whose rows are moved (experts, sorted
+or unpadded sequences) are looked at in every batch.
 """
 
 from __future__ import annotations
@@ -38,11 +39,6 @@ _OWN = 10
 _PART = 2**20
 # Structures of graphs whose calls are remembered: models that route tokens make new ones for ever.
 _STRUCTURES = 64
-# Calls that select rows by tensors; the attribute that says along which dim.
-_SELECTING = {
-    "IndexBackward0": "", "MaskedSelectBackward0": "", "TakeBackward0": "",
-    "IndexSelectBackward0": "_saved_dim", "GatherBackward0": "_saved_dim",
-}  # fmt: skip
 
 
 class RowFinder:
@@ -70,7 +66,7 @@ class RowFinder:
             [part.double().nan_to_num_(0, 0, 0) @ direction for part in parts]
         )
 
-    def known(self, found: Audit, num_samples: int, gathered: bool) -> list[Any]:
+    def known(self, found: Audit, num_samples: int) -> list[Any]:
         """Give their rows to the calls where they are known; return the other calls.
 
         A call that no gradient has reached so far keeps ``rows = None`` and is not returned.
@@ -78,7 +74,6 @@ class RowFinder:
         Args:
             found: the calls.
             num_samples: B.
-            gathered: whether rows of tensors without a gradient were selected in this forward.
 
         Returns:
             The calls to look at.
@@ -88,48 +83,47 @@ class RowFinder:
             self._silent.clear()
         silent = self._silent.setdefault(found.structure, set())
         unknown: list[tuple[int, Any]] = []
+        moved: list[Any] = []
         lengths: set[int] = set()  # of samples, in calls whose rows are [B, T]
         for place, node in enumerate(found.calls):
             node.place, node.rows = (found.structure, place), None
-            layout = self._trusted(node, num_samples, gathered, lengths=None)
+            if node in found.moved and num_samples > 1:
+                moved.append(node)
+                continue
+            layout = self._trusted(node, num_samples, lengths=None)
             if layout is None:
                 unknown.append((place, node))
                 continue
             node.rows = Rows(node.lead, num_samples, layout)
             if layout == Layout("dim", 0) and len(node.lead) > 1:
                 lengths.add(node.lead[1])
-        missing = []
+        missing = moved
         for place, node in unknown:
-            layout = self._trusted(node, num_samples, gathered, lengths)
+            layout = self._trusted(node, num_samples, lengths)
             if layout is not None:
                 node.rows = Rows(node.lead, num_samples, layout)
             elif place not in silent:
                 missing.append(node)
         return missing
 
-    def _trusted(
-        self, node: Any, num_samples: int, gathered: bool, lengths: set[int] | None
-    ) -> Layout | None:
+    def _trusted(self, node: Any, num_samples: int, lengths: set[int] | None) -> Layout | None:
         """Return the layout seen before if it fits.
 
-        Flattened rows must number B times the length that other calls of this forward have: an
-        expert that got a part of the tokens, or packed samples of other lengths, must not pass for
-        a layer that got them all. Windows, [B * windows, places], have the number seen before.
+        Flattened rows must number B times a length seen before (windows), or that other calls of
+        this forward have.
         """
         if num_samples == 1:
             return Layout("one")
         structure, place = node.place
         known = self._known.get(structure, {}).get(place, {})
-        flat = len(node.lead) == 1
-        if len(known) != 1 or (flat and gathered and not node.needs_input_grad[4]):
+        if len(known) != 1:
             return None
         ((layout, seen),) = known.items()
         if layout.kind == "dim":
             return layout if node.lead[layout.dim] == num_samples else None
         if lengths is None:
             return None
-        fits = {max(lengths, default=-1)} if flat else seen
-        return layout if node.lead[0] in {n * num_samples for n in fits} else None
+        return layout if node.lead[0] in {n * num_samples for n in seen | lengths} else None
 
     def find(
         self, nodes: list[Any], found: Audit, num_samples: int, losses: Tensor, backward: Backward
@@ -185,7 +179,7 @@ class RowFinder:
             if (of == SEVERAL).any():
                 several.append(node)
             else:
-                self._learn(node, of, num_samples, again=node in found.scattered)
+                self._learn(node, of, num_samples, again=node in found.moved)
         if not reached:  # a batch without labels, say, which tells nothing of the next one
             self._silent.clear()
         return several, reached
@@ -213,33 +207,10 @@ class RowFinder:
             return
         node.rows = Rows(node.lead, num_samples, fitting[0])
         told_apart = len(fitting) == 1 and len(samples[seen].unique()) > 1
-        again |= _selects_rows(node, keeps_dim_0=fitting[0] == Layout("dim", 0))
         if told_apart and not again:
             structure, place = node.place
             known = self._known.setdefault(structure, {}).setdefault(place, {})
             known.setdefault(fitting[0], set()).add(node.lead[0] // num_samples)
-
-
-def _selects_rows(node: Any, keeps_dim_0: bool) -> bool:
-    """Whether a tensor decides which rows come to a call, between it and the calls before it."""
-    seen: set[Any] = set()
-    stack = [parent for parent, _ in node.next_functions]
-    while stack:
-        one = stack.pop()
-        if one is None or one in seen or hasattr(one, "rule"):
-            continue
-        seen.add(one)
-        stack += [parent for parent, _ in one.next_functions]
-        dim = _SELECTING.get(one.name())
-        if dim is None:
-            continue
-        if one.name() == "IndexBackward0":
-            first_dim = one._saved_indices[0] is not None
-        else:
-            first_dim = not dim or getattr(one, dim) == 0
-        if first_dim or not keeps_dim_0:
-            return True
-    return False
 
 
 def _by_powers(others: Tensor, digits: list[Tensor], own: int, num_samples: int) -> Tensor:

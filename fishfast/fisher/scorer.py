@@ -127,7 +127,7 @@ class Scorer:
         versions = [tensor._version for tensor in tensors]
         while True:
             self.passes["forward"] += 1
-            self.interception.restart()
+            self.interception.most_rows = 1
             with self._timed("forward"):
                 try:
                     # A shallow copy: loss_fn may take entries out, and the forward may run again.
@@ -175,7 +175,7 @@ class Scorer:
 
     def _find_rows(self, losses: Tensor, found: Audit) -> list[Any]:
         """Give every call its rows; return those where samples mix."""
-        unknown = self.rows.known(found, len(losses), self.interception.gathered)
+        unknown = self.rows.known(found, len(losses))
         return self._probe(unknown, losses, found) if unknown else []
 
     def _probe(self, nodes: list[Any], losses: Tensor, found: Audit) -> list[Any]:

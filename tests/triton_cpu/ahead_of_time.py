@@ -107,9 +107,7 @@ def _specialise(path, value, specialise, constants, divisible):
 
 def record(module, kernels: list[str], call) -> list[Launch]:
     """Return the launches that ``call()`` makes of the kernels of a module."""
-    recorders = {
-        name: _Recorder(module.__name__, name, getattr(module, name)) for name in kernels
-    }
+    recorders = {name: _Recorder(module.__name__, name, getattr(module, name)) for name in kernels}
     for name, recorder in recorders.items():
         setattr(module, name, recorder)
     try:
@@ -147,9 +145,7 @@ def compile_launch(job: tuple[Launch, int]) -> Usage:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
     shared = compiled.metadata.shared
-    return Usage(
-        launch, architecture, int(registers), int(stack), shared, compiled.asm["ptx"]
-    )
+    return Usage(launch, architecture, int(registers), int(stack), shared, compiled.asm["ptx"])
 
 
 def compile_all(launches: list[Launch], architectures=ARCHITECTURES) -> list[Usage]:

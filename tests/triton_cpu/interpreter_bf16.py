@@ -38,7 +38,9 @@ def install() -> None:
         if not hasattr(builder, name)
     ]
     if missing:
-        raise RuntimeError(f"Triton's interpreter has changed, adapt tests/triton_cpu: no {missing}")
+        raise RuntimeError(
+            f"Triton's interpreter has changed, adapt tests/triton_cpu: no {missing}"
+        )
     dot, cast, binary = builder.create_dot, builder.cast_impl, builder.binary_op
 
     def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):

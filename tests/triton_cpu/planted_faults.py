@@ -66,4 +66,3 @@ def _bf16_kernel(wide_ptr, narrow_ptr, product_ptr, a_ptr, b_ptr, x_ptr, BLOCK: 
 
 def bf16(wide, narrow, product, a, b, x):
     _bf16_kernel[(1,)](wide, narrow, product, a, b, x, len(a))
-
