@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from fishfast.fisher import accumulate
+from fishfast.fisher.engine import accumulate
 
 __all__ = [
     "CONTENDERS", "Add", "KernelCase", "conv", "embedding", "layer_norm", "linear",

@@ -10,6 +10,9 @@ group of samples; the positions of one sample are never divided, because f is no
 Deterministic: no atomics, a fixed order of sums.
 """
 
+# mypy: disallow-untyped-defs=False
+# The arguments of kernels get their types at the launch.
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -19,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fishfast.kernels.fisher_linear import add_linear
-from fishfast.kernels.launch import MULTIPLE, divide_samples, fp32_precision
+from .fisher_linear import add_linear
+from .launch import MULTIPLE, divide_samples, fp32_precision
 
 __all__ = ["CONFIGS", "Config", "add_conv", "conv_kernel"]
 

@@ -8,6 +8,9 @@ writes the token's row of the score. No atomics; rows of equal token and sample 
 Reads grad once; of the score, the rows of the tokens that occur.
 """
 
+# mypy: disallow-untyped-defs=False
+# The arguments of kernels get their types at the launch.
+
 from __future__ import annotations
 
 import torch

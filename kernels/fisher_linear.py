@@ -2,49 +2,34 @@
 
     score[o, i] += sum_b f( sum_{r in sample b} grad[r, o] x[r, i] ),    f = square or abs
 
-It is the weight-gradient matrix product with f between the sum over a sample's rows and the sum over
-samples: the same FLOPs, and the B x |weight| gradients exist only a tile at a time, in registers. A
-program owns a tile of the weight and walks through all samples, or a group of them where there are
-few tiles; the rows of one sample are never divided, because f is not linear. Each operand is read
-once per tile of the other, the score once. Deterministic: no atomics, a fixed order of sums.
+It is the weight-gradient matrix product, with f between the sum over a sample's rows and the sum
+over samples: the same FLOPs, and the B x |weight| gradients exist only a tile at a time, in
+registers. A program owns a tile of the weight and walks through all samples, or a group of them
+where there are few tiles; the rows of one sample are never divided, because f is not linear. Each
+operand is read once per tile of the other, the score once. Deterministic: no atomics, a fixed order
+of sums.
 """
 
-from __future__ import annotations
+# mypy: disallow-untyped-defs=False
+# The arguments of kernels get their types at the launch.
 
-from typing import NamedTuple
+from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fishfast.kernels.launch import aligned_rows, divide_samples, fp32_precision, misaligned
+from .fisher_linear_rows import add_linear_rows
+from .launch import fp32_precision
+from .linear_tile import Config, add_tile, launch_tiles, own_tile, side_of_tiles
 
-__all__ = [
-    "ROWS_CONFIGS",
-    "SAMPLES_CONFIGS",
-    "Config",
-    "add_linear",
-    "rows_kernel",
-    "samples_kernel",
-]
-
-
-class Config(NamedTuple):
-    """How a kernel is compiled: the tile of the weight, rows per step, and resources."""
-
-    block_o: int
-    block_i: int
-    block_t: int
-    num_warps: int
-    num_stages: int
-    tiles_per_sm: int
-
+__all__ = ["CONFIGS", "add_linear", "samples_kernel"]
 
 # By the kind of product and the side of the tile, steps in falling length. 128x128 with 8 warps: a
 # product and a running sum of f take half the registers; 4 warps or a wider tile would spill. 3
 # stages of 32 KB also fit the 99 KB of consumer cards.
-SAMPLES_CONFIGS = {
+CONFIGS = {
     ("half", 128): [Config(128, 128, 64, 8, 3, 1), Config(128, 128, 32, 8, 3, 1)],
     ("half", 64): [Config(64, 64, 64, 4, 3, 4)],
     ("tf32", 128): [Config(128, 128, 32, 8, 3, 1)],
@@ -53,39 +38,10 @@ SAMPLES_CONFIGS = {
     ("ieee", 128): [Config(128, 128, 16, 8, 3, 1)],
     ("ieee", 64): [Config(64, 64, 16, 4, 3, 4)],
 }
-# Both operands are squared in registers, which leaves too few for ieee's large tile.
-ROWS_CONFIGS = {
-    ("tf32", 128): Config(128, 128, 32, 8, 3, 1),
-    ("tf32", 64): Config(64, 64, 16, 4, 3, 4),
-    ("ieee", 128): Config(64, 64, 16, 4, 3, 4),
-    ("ieee", 64): Config(64, 64, 16, 4, 3, 4),
-}
-
-
-@triton.jit
-def _tile(num_out, num_in, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Rows and columns of this program's tile; programs that run together share operands."""
-    tiles_o = tl.cdiv(num_out, BLOCK_O)
-    tiles_i = tl.cdiv(num_in, BLOCK_I)
-    tile = tl.program_id(0)
-    tile_o, tile_i = tl.swizzle2d(tile // tiles_i, tile % tiles_i, tiles_o, tiles_i, 8)
-    o = tile_o.to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tile_i.to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
-    return o, i
-
-
-@triton.jit
-def _add_tile(out_ptr, value, o, i, num_out, num_in, stride_split, stride_o):
-    split = tl.program_id(1).to(tl.int64)
-    ptrs = out_ptr + split * stride_split + o[:, None] * stride_o + i[None, :]
-    mask = (o < num_out)[:, None] & (i < num_in)[None, :]
-    tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + value, mask=mask)
 
 
 # What changes from batch to batch compiles nothing anew.
-@triton.jit(
-    do_not_specialize=["starts_ptr", "ends_ptr", "num_samples", "samples_per_split", "power"]
-)
+@triton.jit(do_not_specialize=["starts_ptr", "ends_ptr", "num_samples", "units_per_split", "power"])
 def samples_kernel(
     out_ptr,  # [splits, num_out, num_in] fp32: scratch, or the score itself
     grad_ptr,  # [rows, num_out]
@@ -93,7 +49,7 @@ def samples_kernel(
     starts_ptr,  # [num_samples] int64, first row of each sample
     ends_ptr,  # [num_samples] int64, one past its last row
     num_samples,
-    samples_per_split,
+    units_per_split,  # in samples
     num_out,  # a multiple of 16, and so are the next three
     num_in,
     stride_split,
@@ -104,11 +60,11 @@ def samples_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Sum f of the product of each sample's rows over the samples of this split."""
-    o, i = _tile(num_out, num_in, BLOCK_O, BLOCK_I)
+    """Sum f of the product of each sample's rows, over the samples of this split."""
+    o, i = own_tile(num_out, num_in, BLOCK_O, BLOCK_I)
     t = tl.arange(0, BLOCK_T)
-    first = tl.program_id(1).to(tl.int64) * samples_per_split
-    last = tl.minimum(first + samples_per_split, num_samples)
+    first = tl.program_id(1).to(tl.int64) * units_per_split
+    last = tl.minimum(first + units_per_split, num_samples)
 
     # One loop over the steps of all samples, not a loop in a loop: the pipeline of loads then runs
     # on from sample to sample, where it would drain after each (two steps of 64, at 128 rows).
@@ -142,45 +98,7 @@ def samples_kernel(
         if done:
             total += product * product if power == 2 else tl.abs(product)
             product = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    _add_tile(out_ptr, total, o, i, num_out, num_in, stride_split, stride_o)
-
-
-@triton.jit(do_not_specialize=["num_rows", "rows_per_split"])
-def rows_kernel(
-    out_ptr,  # [splits, num_out, num_in] fp32: scratch, or the score itself
-    grad_ptr,  # [num_rows, num_out]
-    x_ptr,  # [num_rows, num_in]
-    num_rows,
-    rows_per_split,
-    num_out,  # a multiple of 16, and so are the next three
-    num_in,
-    stride_split,
-    stride_o,
-    POWER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Every row a sample: f factors, and the sum over samples is the matrix product itself."""
-    o, i = _tile(num_out, num_in, BLOCK_O, BLOCK_I)
-    first = tl.program_id(1).to(tl.int64) * rows_per_split
-    last = tl.minimum(first + rows_per_split, num_rows)
-    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for row in range(first, last, BLOCK_T):
-        rows = (row + tl.arange(0, BLOCK_T))[:, None]
-        mask_g = (rows < last) & (o < num_out)[None, :]
-        mask_a = (rows < last) & (i < num_in)[None, :]
-        g = tl.load(grad_ptr + rows * num_out + o[None, :], mask=mask_g, other=0.0)
-        a = tl.load(x_ptr + rows * num_in + i[None, :], mask=mask_a, other=0.0)
-        if POWER == 2:
-            g = g.to(tl.float32) * g.to(tl.float32)
-            a = a.to(tl.float32) * a.to(tl.float32)
-        else:  # exact in the operands' own dtype
-            g = tl.abs(g)
-            a = tl.abs(a)
-        total = tl.dot(tl.trans(g), a, total, input_precision=PRECISION)
-    _add_tile(out_ptr, total, o, i, num_out, num_in, stride_split, stride_o)
+    add_tile(out_ptr, total, o, i, num_out, num_in, stride_split, stride_o)
 
 
 def add_linear(
@@ -202,59 +120,17 @@ def add_linear(
         return
     if score.stride(1) != 1 and score.stride(0) == 1:
         score, grad, x = score.T, x, grad  # the same sum, with the contiguous dim last
-    (num_out, num_in), grad, x = score.shape, aligned_rows(grad), aligned_rows(x)
-
-    # Products of bf16 and fp16 ignore the precision; squares of them are multiplied as tf32, whose
-    # rounding is finer than the one that the operands have been through.
-    single = grad.dtype == torch.float32
-    precision = fp32_precision() if single else "tf32"
-    side = 128 if min(num_out, num_in) > 64 else 64
     if starts is None:
-        config = ROWS_CONFIGS[precision, side]
-    else:
-        # A step longer than the sample multiplies zeros; short steps pay their overhead more often.
-        configs = SAMPLES_CONFIGS[precision if single else "half", side]
-        fits = [c for c in configs if c.block_t < 1.5 * len(grad) / num_samples]
-        config = (fits or configs[-1:])[0]
-    tiles = triton.cdiv(num_out, config.block_o) * triton.cdiv(num_in, config.block_i)
-    unit = config.block_t if starts is None else 1  # rows or samples that stay together
-    splits, units = divide_samples(
-        score.device, triton.cdiv(num_samples, unit), tiles, config.tiles_per_sm
-    )
+        add_linear_rows(score, grad, x, power)
+        return
 
-    # Elsewhere tiles go to scratch: no more of them than run at once, unless the score's sizes are
-    # odd, when it is held twice.
-    direct = splits == 1 and score.shape == (grad.shape[1], x.shape[1]) and not misaligned(score)
-    out = score[None] if direct else score.new_zeros(splits, grad.shape[1], x.shape[1])
-    arguments = {
-        "out_ptr": out,
-        "grad_ptr": grad,
-        "x_ptr": x,
-        "num_out": grad.shape[1],
-        "num_in": x.shape[1],
-        "stride_split": out.stride(0) if splits > 1 else 0,
-        "stride_o": out.stride(1),
-        "PRECISION": precision,
-        "BLOCK_O": config.block_o,
-        "BLOCK_I": config.block_i,
-        "BLOCK_T": config.block_t,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
-    }
-    with torch.cuda.device_of(score):
-        if starts is None:
-            rows_kernel[tiles, splits](
-                num_rows=num_samples, rows_per_split=units * unit, POWER=power, **arguments
-            )
-        else:
-            samples_kernel[tiles, splits](
-                starts_ptr=starts,
-                ends_ptr=ends,
-                num_samples=num_samples,
-                samples_per_split=units,
-                power=power,
-                **arguments,
-            )
-    if not direct:
-        score += (out.sum(0) if splits > 1 else out[0])[:num_out, :num_in]
+    single = grad.dtype == torch.float32
+    precision = fp32_precision() if single else "tf32"  # which products of bf16 and fp16 ignore
+    configs = CONFIGS[precision if single else "half", side_of_tiles(score)]
+    # A step longer than the sample multiplies zeros; short steps pay their overhead more often.
+    fits = [c for c in configs if c.block_t < 1.5 * len(grad) / num_samples]
+    config = (fits or configs[-1:])[0]
+    launch_tiles(
+        samples_kernel, score, grad, x, config, num_samples,
+        starts_ptr=starts, ends_ptr=ends, num_samples=num_samples, power=power, PRECISION=precision,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""fishfast.fisher.accumulate, plain torch on the CPU: against float64 loops, in little memory.
+"""fishfast.fisher.engine.accumulate, plain torch on the CPU: against float64 loops, in little room.
 
 Plain torch is one fp32 product per sample here whatever the operands' dtype, so that operands of 16
 bits have to be as exact as their values in fp32.
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from triton_cpu import oracle, plain
 from triton_cpu.comparing import assert_close, random
 
-from fishfast.fisher import accumulate, accumulate_conv, accumulate_linear
+from fishfast.fisher.engine import accumulate, accumulate_conv, accumulate_linear
 
 POWERS = [pytest.param(1, id="abs"), pytest.param(2, id="square")]
 NAN = float("nan")

@@ -14,7 +14,15 @@ from triton_cpu.ahead_of_time import compile_all, record
 
 pytest.importorskip("triton")
 
-from fishfast.kernels import fisher_conv, fisher_embedding, fisher_linear, fisher_sum, launch  # noqa: E402
+from fishfast.kernels import (  # noqa: E402
+    fisher_conv,
+    fisher_embedding,
+    fisher_linear,
+    fisher_linear_rows,
+    fisher_sum,
+    launch,
+    linear_tile,
+)
 
 # Bytes of shared memory that one program may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -67,33 +75,27 @@ def precisions(dtype):
 
 def test_linear() -> None:
     launches = []
+    kernels = [(fisher_linear, "samples_kernel"), (fisher_linear_rows, "rows_kernel")]
     for dtype, side, rows in itertools.product(DTYPES, (64, 128, 50), (100, 24)):
-        grad = torch.zeros(2 * rows, side, dtype=dtype)
-        bounds = torch.tensor([0, rows]), torch.tensor([rows, 2 * rows])
+        score, grad = torch.zeros(side, side), torch.zeros(2 * rows, side, dtype=dtype)
+        samples = torch.tensor([0, rows]), torch.tensor([rows, 2 * rows])
         for _ in precisions(dtype):
-            for starts, power in itertools.product((bounds, (None, None)), (1, 2)):
+            for bounds, power in itertools.product((samples, (None, None)), (1, 2)):
                 launches += record(
-                    fisher_linear,
-                    ["samples_kernel", "rows_kernel"],
-                    lambda: fisher_linear.add_linear(
-                        torch.zeros(side, side), grad, grad, *starts, power
-                    ),
+                    kernels, fisher_linear.add_linear, score, grad, grad, *bounds, power
                 )
-    tables = [*fisher_linear.SAMPLES_CONFIGS.values(), fisher_linear.ROWS_CONFIGS.values()]
-    reached = configs_of(launches, fisher_linear.Config)
-    assert reached == table_of(itertools.chain(*tables))
-    usages = check(launches, 24)
+    tables = itertools.chain(*fisher_linear.CONFIGS.values(), fisher_linear_rows.CONFIGS.values())
+    assert configs_of(launches, linear_tile.Config) == table_of(tables)
     pipelined = 0
-    for usage in usages:
-        constants = dict(usage.launch.constants)
-        if usage.launch.kernel == "samples_kernel" and 128 in constants.values():
-            signature = dict(usage.launch.signature)
-            if usage.architecture == 90 and signature["grad_ptr"] != "*fp32":
-                # Products run while the next operands are being copied.
-                assert "wgmma.mma_async" in usage.ptx
-                assert "wgmma.wait_group.sync.aligned 1" in usage.ptx
-                assert "cp.async" in usage.ptx
-                pipelined += 1
+    for usage in check(launches, 24):
+        signature, constants = dict(usage.launch.signature), dict(usage.launch.constants)
+        large = usage.launch.kernel == "samples_kernel" and 128 in constants.values()
+        if large and usage.architecture == 90 and signature["grad_ptr"] != "*fp32":
+            # Products run while the next operands are being copied.
+            assert "wgmma.mma_async" in usage.ptx
+            assert "wgmma.wait_group.sync.aligned 1" in usage.ptx
+            assert "cp.async" in usage.ptx
+            pipelined += 1
     assert pipelined == 4
 
 
@@ -110,12 +112,10 @@ def test_sum() -> None:
     launches = []
     for dtype in DTYPES:
         for x in sum_operands(dtype):
-            mean = torch.zeros(2, x.shape[1], 1)
+            score, mean = torch.zeros(x.shape[2]), torch.zeros(2, x.shape[1], 1)
             for operands in ((None,) * 3, (x, None, None), (x, None, mean), (x, mean, mean)):
                 launches += record(
-                    fisher_sum,
-                    ["sum_kernel"],
-                    lambda: fisher_sum.add_sum(torch.zeros(x.shape[2]), x, *operands, 2),
+                    [(fisher_sum, "sum_kernel")], fisher_sum.add_sum, score, x, *operands, 2
                 )
     reached = configs_of(launches, fisher_sum.Config)
     assert reached == table_of(fisher_sum.CONFIGS.values())
@@ -128,29 +128,22 @@ def test_embedding() -> None:
     for dtype, size, transposed in itertools.product(DTYPES, (64, 67), (False, True)):
         score = torch.zeros(size, 3).T if transposed else torch.zeros(3, size)
         grad = torch.zeros(4, size, dtype=dtype)
-        launches += record(
-            fisher_embedding,
-            ["embedding_kernel"],
-            lambda: fisher_embedding.add_embedding(score, rows, rows, grad, 2),
-        )
+        kernels = [(fisher_embedding, "embedding_kernel")]
+        launches += record(kernels, fisher_embedding.add_embedding, score, rows, rows, grad, 2)
     check(launches, 3 * 2 * 2)
 
 
 def test_conv() -> None:
     launches = []
     layouts = [torch.contiguous_format, torch.channels_last]
-    for dtype, (channels, num_out, size), layout in itertools.product(
-        DTYPES, [(16, 128, 18), (16, 16, 18), (7, 67, 9), (7, 5, 9)], layouts
-    ):
+    sizes = [(16, 128, 18), (16, 16, 18), (7, 67, 9), (7, 5, 9)]
+    for dtype, (channels, num_out, size), layout in itertools.product(DTYPES, sizes, layouts):
+        score = torch.zeros(num_out, channels, 3, 3)
         x = torch.zeros(2, channels, size, size, dtype=dtype).contiguous(memory_format=layout)
         grad = torch.zeros(2, num_out, size - 2, size - 2, dtype=dtype)
         for _ in precisions(dtype):
-            launches += record(
-                fisher_conv,
-                ["conv_kernel"],
-                lambda: fisher_conv.add_conv(
-                    torch.zeros(num_out, channels, 3, 3), grad, x, (1, 1), (0, 0), (1, 1), 1, 2
-                ),
-            )
+            options = (1, 1), (0, 0), (1, 1), 1, 2
+            kernels = [(fisher_conv, "conv_kernel")]
+            launches += record(kernels, fisher_conv.add_conv, score, grad, x, *options)
     assert configs_of(launches, fisher_conv.Config) == table_of(fisher_conv.CONFIGS.values())
     check(launches, 32)

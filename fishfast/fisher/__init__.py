@@ -1,8 +1,10 @@
 """The diagonal Fisher information of a model, exact per sample.
 
-`estimate` is the entry and `result` what it returns; `scorer` takes one batch through forward and
-backward; `interception` catches calls and audits that none is missed; `rules` holds the per-sample
-gradients of each function; `losses` is for batches with labels.
+`estimate` is the entry, `run` goes through the batches and `result` is what comes back. What is
+differentiated: `objective`, with `losses` of labelled batches, or `outputs` and their `heads` for
+exact and sampled labels. Files: `score_files`, and `running` for a run that goes on. `distributed`
+sums over processes, `untouched` gives the model back as it was, and `engine` takes one batch
+through forward and backward.
 """
 
 from fishfast.fisher.estimate import estimate_fisher

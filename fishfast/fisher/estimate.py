@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fishfast import _backend
 from fishfast._files import PathLike
-from fishfast.fisher.accumulator import Accumulator
 from fishfast.fisher.distributed import all_reduce_, announce_failure
+from fishfast.fisher.engine.accumulator import Accumulator
+from fishfast.fisher.engine.scorer import Scorer
 from fishfast.fisher.heads import HEADS
 from fishfast.fisher.kind import FISHER_TYPES
 from fishfast.fisher.losses import labelled_batch_losses
@@ -20,7 +21,6 @@ from fishfast.fisher.objective import LossFn, OutputsFn, empirical, over_labels
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.run import Run
 from fishfast.fisher.running import RunningScores
-from fishfast.fisher.scorer import Scorer
 from fishfast.fisher.untouched import buffers_put_back, hooks_set_aside, scoring_mode
 
 __all__ = ["estimate_fisher"]

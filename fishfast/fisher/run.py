@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from fishfast.fisher.engine.scorer import Scorer
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.running import RunningScores
-from fishfast.fisher.scorer import Scorer
 from fishfast.fisher.untouched import OwnRandomState
 
 __all__ = ["Run"]

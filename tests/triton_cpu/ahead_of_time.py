@@ -14,6 +14,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -105,17 +106,19 @@ def _specialise(path, value, specialise, constants, divisible):
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def record(module, kernels: list[str], call) -> list[Launch]:
-    """Return the launches that ``call()`` makes of the kernels of a module."""
-    recorders = {name: _Recorder(module.__name__, name, getattr(module, name)) for name in kernels}
-    for name, recorder in recorders.items():
+def record(kernels: list[tuple[ModuleType, str]], primitive, *args) -> list[Launch]:
+    """Return the launches that ``primitive(*args)`` makes of kernels, named with their modules."""
+    recorders = [
+        _Recorder(module.__name__, name, getattr(module, name)) for module, name in kernels
+    ]
+    for (module, name), recorder in zip(kernels, recorders, strict=True):
         setattr(module, name, recorder)
     try:
-        call()
+        primitive(*args)
     finally:
-        for name, recorder in recorders.items():
+        for (module, name), recorder in zip(kernels, recorders, strict=True):
             setattr(module, name, recorder.kernel)
-    return [launch for recorder in recorders.values() for launch in recorder.launches]
+    return [launch for recorder in recorders for launch in recorder.launches]
 
 
 def compile_launch(job: tuple[Launch, int]) -> Usage:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fishfast import _backend
-from fishfast.fisher import accumulate
+from fishfast.fisher.engine import accumulate
 
 __all__ = ["Accumulator"]
 

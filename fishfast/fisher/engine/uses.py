@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fishfast.fisher.accumulator import Accumulator
-from fishfast.fisher.rows import Rows
+from fishfast.fisher.engine.accumulator import Accumulator
+from fishfast.fisher.engine.rows import Rows
 
 __all__ = [
     "BroadcastUse", "ConvUse", "EmbeddingUse", "ExpertsUse", "LinearUse", "SumUse", "Use", "Window",

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fishfast.fisher.rules.broadcast import BROADCASTING, BroadcastRule
-from fishfast.fisher.rules.conv import CONV_RULES
-from fishfast.fisher.rules.embedding import EMBEDDING_RULES, EmbeddingRule
-from fishfast.fisher.rules.linear import LINEAR_RULES, LinearRule
-from fishfast.fisher.rules.norm import NORM_RULES
-from fishfast.fisher.rules.rule import Rule, autocast_input
+from fishfast.fisher.engine.rules.broadcast import BROADCASTING, BroadcastRule
+from fishfast.fisher.engine.rules.conv import CONV_RULES
+from fishfast.fisher.engine.rules.embedding import EMBEDDING_RULES, EmbeddingRule
+from fishfast.fisher.engine.rules.linear import LINEAR_RULES, LinearRule
+from fishfast.fisher.engine.rules.norm import NORM_RULES
+from fishfast.fisher.engine.rules.rule import Rule, autocast_input
 
 __all__ = [
     "BROADCASTING",

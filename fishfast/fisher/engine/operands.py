@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishfast.fisher.gradients import gradients
+from fishfast.fisher.engine.gradients import gradients
 
 __all__ = ["Operand", "Region", "Tracker", "disjoint_groups", "tensors_in"]
 

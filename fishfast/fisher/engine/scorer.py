@@ -16,17 +16,23 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fishfast.fisher.accumulator import Accumulator
-from fishfast.fisher.audit import Audit, audit
-from fishfast.fisher.blame import blame
-from fishfast.fisher.gradients import gradients
-from fishfast.fisher.interception import EAGER, LAZY, NEVER, Interception, SecondDerivativeError
+from fishfast.fisher.engine.accumulator import Accumulator
+from fishfast.fisher.engine.audit import Audit, audit
+from fishfast.fisher.engine.blame import blame
+from fishfast.fisher.engine.gradients import gradients
+from fishfast.fisher.engine.interception import (
+    EAGER,
+    LAZY,
+    NEVER,
+    Interception,
+    SecondDerivativeError,
+)
+from fishfast.fisher.engine.probe import RowFinder
+from fishfast.fisher.engine.recorder import Recorder
+from fishfast.fisher.engine.rows import layouts
+from fishfast.fisher.engine.rules import BroadcastRule
 from fishfast.fisher.objective import Losses, Objective
-from fishfast.fisher.probe import RowFinder
-from fishfast.fisher.recorder import Recorder
 from fishfast.fisher.result import Fisher
-from fishfast.fisher.rows import layouts
-from fishfast.fisher.rules import BroadcastRule
 from fishfast.fisher.score_files import WORK
 
 __all__ = ["Scorer"]

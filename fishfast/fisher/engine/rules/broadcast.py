@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishfast.fisher.rows import Rows
-from fishfast.fisher.rules.rule import Rule
-from fishfast.fisher.uses import BroadcastUse, SumUse, Use
+from fishfast.fisher.engine.rows import Rows
+from fishfast.fisher.engine.rules.rule import Rule
+from fishfast.fisher.engine.uses import BroadcastUse, SumUse, Use
 
 __all__ = ["BROADCASTING", "BroadcastRule"]
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fishfast.fisher.accumulate_conv import add_conv
-from fishfast.fisher.accumulate_linear import add_linear
-from fishfast.fisher.power import add_samples, power_function
+from fishfast.fisher.engine.accumulate_conv import add_conv
+from fishfast.fisher.engine.accumulate_linear import add_linear
+from fishfast.fisher.engine.power import add_samples, power_function
 
 __all__ = ["add_conv", "add_embedding", "add_linear", "add_sum"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishfast.fisher.rows import Rows
-from fishfast.fisher.uses import Use
+from fishfast.fisher.engine.rows import Rows
+from fishfast.fisher.engine.uses import Use
 
 __all__ = ["Rule"]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishfast.fisher.operands import Operand, Tracker, disjoint_groups
+from fishfast.fisher.engine.operands import Operand, Tracker, disjoint_groups
 
 __all__ = ["Audit", "audit"]
 

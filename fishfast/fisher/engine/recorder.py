@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishfast.fisher.accumulator import Accumulator
-from fishfast.fisher.audit import Audit, Group
-from fishfast.fisher.operands import Operand, Tracker
-from fishfast.fisher.rules import EmbeddingRule
-from fishfast.fisher.together import add_tied_head, add_together
-from fishfast.fisher.uses import LinearUse, Use
+from fishfast.fisher.engine.accumulator import Accumulator
+from fishfast.fisher.engine.audit import Audit, Group
+from fishfast.fisher.engine.operands import Operand, Tracker
+from fishfast.fisher.engine.rules import EmbeddingRule
+from fishfast.fisher.engine.together import add_tied_head, add_together
+from fishfast.fisher.engine.uses import LinearUse, Use
 
 __all__ = ["Recorder"]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fishfast.fisher.gradients import gradients
-from fishfast.fisher.interception import NEVER
+from fishfast.fisher.engine.gradients import gradients
+from fishfast.fisher.engine.interception import NEVER
 
 if TYPE_CHECKING:
-    from fishfast.fisher.scorer import Scorer
+    from fishfast.fisher.engine.scorer import Scorer
 
 __all__ = ["blame"]
 

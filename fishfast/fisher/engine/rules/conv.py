@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fishfast.fisher.rows import Rows
-from fishfast.fisher.rules.rule import Rule
-from fishfast.fisher.uses import ConvUse, SumUse, Use, Window
+from fishfast.fisher.engine.rows import Rows
+from fishfast.fisher.engine.rules.rule import Rule
+from fishfast.fisher.engine.uses import ConvUse, SumUse, Use, Window
 
 __all__ = ["ConvRule"]
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishfast.fisher.audit import Audit
-from fishfast.fisher.rows import NO_GRADIENT, SEVERAL, Layout, Rows, layouts
+from fishfast.fisher.engine.audit import Audit
+from fishfast.fisher.engine.rows import NO_GRADIENT, SEVERAL, Layout, Rows, layouts
 
 __all__ = ["RowFinder"]
 

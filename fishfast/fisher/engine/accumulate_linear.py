@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fishfast.fisher.power import add_sample, add_samples, power_function
+from fishfast.fisher.engine.power import add_sample, add_samples, power_function
 
 __all__ = ["SMALL_WEIGHT", "add_linear"]
 

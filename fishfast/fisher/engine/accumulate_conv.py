@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fishfast.fisher.accumulate_linear import SMALL_WEIGHT, add_linear
-from fishfast.fisher.power import add_sample, add_samples
+from fishfast.fisher.engine.accumulate_linear import SMALL_WEIGHT, add_linear
+from fishfast.fisher.engine.power import add_sample, add_samples
 
 __all__ = ["add_conv"]
 

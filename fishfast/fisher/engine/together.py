@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fishfast.fisher.accumulator import Accumulator
-from fishfast.fisher.operands import Operand, Tracker
-from fishfast.fisher.rows import Rows
-from fishfast.fisher.uses import EmbeddingUse, LinearUse, Use
+from fishfast.fisher.engine.accumulator import Accumulator
+from fishfast.fisher.engine.operands import Operand, Tracker
+from fishfast.fisher.engine.rows import Rows
+from fishfast.fisher.engine.uses import EmbeddingUse, LinearUse, Use
 
 __all__ = ["add_tied_head", "add_together"]
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fishfast.fisher.operands import Operand, Tracker, tensors_in
-from fishfast.fisher.rules import (
+from fishfast.fisher.engine.operands import Operand, Tracker, tensors_in
+from fishfast.fisher.engine.rules import (
     BROADCASTING,
     RULES,
     BroadcastRule,

@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fishfast.fisher.rows import Rows
-from fishfast.fisher.rules.rule import Rule
-from fishfast.fisher.uses import EmbeddingUse, Use
+from fishfast.fisher.engine.rows import Rows
+from fishfast.fisher.engine.rules.rule import Rule
+from fishfast.fisher.engine.uses import EmbeddingUse, Use
 
 __all__ = ["EmbeddingRule"]
 
