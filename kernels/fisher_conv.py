@@ -1,7 +1,8 @@
 """Per-sample squared weight gradients of a 2-D convolution, without unfolding the input.
 
     score[o, c, r, s] += sum_b f( sum_p grad[b, o, p] x[b, g C' + c, h(p, r), w(p, s)] )
-    h(p, r) = row(p) stride_h + r dilation_h - padding_h, likewise w;  g = o's group, C' its channels
+    h(p, r) = row(p) stride_h + r dilation_h - padding_h, likewise w(p, s)
+    g is o's group, C' its number of input channels, f = square or abs
 
 For each group it is a matrix product of [O', P] and [P, taps C'], whose second operand the kernel
 reads in place: the position and the tap give the address, what lies in the padding is masked. A
@@ -149,8 +150,8 @@ def add_conv(
         stride: of height and width, as are the next two.
         padding: zeros on each side.
         dilation: distance between taps.
-        groups: a weight's group sees C / groups input channels. A depthwise convolution runs through
-            the same kernel: what it costs is reading x once per tap, the product costs nothing.
+        groups: each sees C / groups input channels. A depthwise convolution runs through the same
+            kernel: its cost is that x is read once per tap, the product costs nothing beside it.
         power: 2 (f squares) or 1 (f takes the absolute value).
     """
     if score.numel() == 0 or grad.numel() == 0:
@@ -164,10 +165,10 @@ def add_conv(
 
     pointwise = (kernel_h, kernel_w, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
     if pointwise and (channels_last or out_height * out_width == 1):
-        rows = [tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (grad, x)]
+        grad, x = (tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (grad, x))
         starts = torch.arange(num_samples, device=x.device) * (out_height * out_width)
         ends = starts + out_height * out_width
-        add_linear(score[:, :, 0, 0], *rows, starts, ends, power)
+        add_linear(score[:, :, 0, 0], grad, x, starts, ends, power)
         return
 
     single = grad.dtype == torch.float32

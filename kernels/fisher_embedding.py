@@ -79,8 +79,8 @@ def add_embedding(score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor, 
 
     Args:
         score: [V, D] fp32, any strides.
-        tokens: [N] int64, the row of the table that each row of grad belongs to. Rows of the padding
-            index are left out by the caller.
+        tokens: [N] int64, the row of the table that each row of grad belongs to. The caller leaves
+            out rows of the padding index.
         samples: [N] int64 >= 0 and below 2**32, the sample that each row of grad belongs to.
         grad: [N, D], gradient of what was looked up.
         power: 2 (f squares) or 1 (f takes the absolute value).

@@ -2,8 +2,8 @@
 
     score[o, i] += sum_r f( grad[r, o] x[r, i] ) = sum_r f(grad[r, o]) f(x[r, i])
 
-f, the square or the absolute value, factors: the sum over samples is one matrix product, of operands
-to which f is applied in registers. Rows may be divided among programs. Deterministic.
+f, the square or the absolute value, factors: the sum over samples is one matrix product, of
+operands to which f is applied in registers. Rows may be divided among programs. Deterministic.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -21,7 +21,7 @@ from .linear_tile import Config, add_tile, launch_tiles, own_tile, side_of_tiles
 
 __all__ = ["CONFIGS", "add_linear_rows", "rows_kernel"]
 
-# By precision and the side of the tile. Squaring takes registers too: too many for ieee's large tile.
+# By precision and the side of the tile. Squaring takes registers too, too many for a large ieee.
 CONFIGS = {
     ("tf32", 128): Config(128, 128, 32, 8, 3, 1),
     ("tf32", 64): Config(64, 64, 16, 4, 3, 4),

@@ -4,8 +4,8 @@
     xhat = (x - mean) rstd, or 1 for a bias
 
 Reads grad and x once. Strides are free: a channels-first norm passes a transposed view, statistics
-are broadcast by strides of 0. Deterministic: programs that share a feature write to scratch, which is
-summed in order.
+are broadcast by strides of 0. Deterministic: programs that share a feature write to scratch, which
+is summed in order.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -43,8 +43,8 @@ CONFIGS = {
     "short": Config(4, 4, 64, 8),
 }
 _PROGRAMS_PER_SM = 4
-# What a thread may have with two programs on a multiprocessor. Without this bound the assembler aims
-# at more programs, and spills a few registers for it.
+# What a thread may have with two programs on a multiprocessor. Without this bound the assembler
+# aims at more programs, and spills a few registers for it.
 _MAX_REGISTERS = 128
 
 

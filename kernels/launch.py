@@ -23,8 +23,8 @@ def divide_samples(
     """Return into how many groups the samples are cut, and how many samples a group has.
 
     Where one group's tiles are too few to fill the card, several programs share a tile, each with
-    samples of its own: sums over samples add up. The cut depends on shapes and the card alone, never
-    on the order in which programs run, so the bits of the result do not either.
+    samples of its own: sums over samples add up. The cut depends on shapes and the card alone,
+    never on the order in which programs run, so the bits of the result do not either.
 
     Args:
         device: where the kernel runs.

@@ -109,17 +109,21 @@ def sum_operands(dtype):
 
 
 def test_sum() -> None:
+    """A norm in every layout, for it has the most operands; the others in each configuration."""
     launches = []
     for dtype in DTYPES:
         for x in sum_operands(dtype):
             score, mean = torch.zeros(x.shape[2]), torch.zeros(2, x.shape[1], 1)
-            for operands in ((None,) * 3, (x, None, None), (x, None, mean), (x, mean, mean)):
+            kinds = [(x, mean, mean)]
+            if tuple(x.shape) in {(2, 3, 67), (2, 32, 67), (2, 64, 67)}:
+                kinds += [(None,) * 3, (x, None, None), (x, None, mean)]
+            for operands in kinds:
                 launches += record(
                     [(fisher_sum, "sum_kernel")], fisher_sum.add_sum, score, x, *operands, 2
                 )
     reached = configs_of(launches, fisher_sum.Config)
     assert reached == table_of(fisher_sum.CONFIGS.values())
-    check(launches, 3 * 4 * 11)
+    check(launches, 78)
 
 
 def test_embedding() -> None:

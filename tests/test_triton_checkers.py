@@ -1,4 +1,4 @@
-"""The checks that stand in for a GPU: planted faults are named, correct kernels pass, bf16 is right.
+"""The checks that stand in for a GPU: planted faults are named, correct kernels pass.
 
 Without these a green test of a kernel could mean that nothing was checked.
 """
@@ -13,7 +13,7 @@ from triton_cpu.worker import InWorker, worker
 
 FAULTS = {
     "unmasked load": "load of 4 bytes out of bounds, program (1, 0, 0)",
-    "guard off by one": "load of 4 bytes out of bounds, program (1, 0, 0), +80 bytes from the start",
+    "guard off by one": "load of 4 bytes out of bounds, program (1, 0, 0), +80 bytes",
     "load before the start": "load of 4 bytes out of bounds, program (0, 0, 0), -4 bytes",
     "unmasked store": "store of 4 bytes out of bounds",
     "programs store to one address": "race between programs on 4 addresses",

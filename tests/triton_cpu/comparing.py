@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The product, f, the sum over samples and the sum into the score: each rounds once to 24 bits, where
-# plain torch may happen to hit the exact value.
+# The product, f, the sum over samples and the sum into the score: each rounds once to 24 bits,
+# where plain torch may happen to hit the exact value.
 _ROUNDINGS = 4 * 2.0**-24
 
 

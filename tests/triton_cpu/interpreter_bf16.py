@@ -1,7 +1,7 @@
 """Repairs bf16 in Triton's interpreter, which multiplies its bits as integers and truncates casts.
 
-bf16 is held as uint16. Arithmetic on it goes through fp32 here, as on a GPU; casts round to nearest,
-ties to even. Patches private names of Triton 3.9; `install` refuses a Triton without them.
+bf16 is held as uint16. Arithmetic on it goes through fp32 here, as on a GPU; casts round to
+nearest, ties to even. Patches private names of Triton 3.9; `install` refuses a Triton without them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kernels with one fault each, and one without, for the worker: the checker must tell them apart."""
+"""Kernels with one fault each, and one without: the checker must tell them apart."""
 
 from __future__ import annotations
 

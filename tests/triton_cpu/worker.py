@@ -1,7 +1,7 @@
 """A process in which kernels run under Triton's interpreter, and the tests' end of the line to it.
 
-A call names a function of a module; its tensors travel there with their strides and come back as the
-function left them. Uninitialised memory is NaN there.
+A call names a function of a module; its tensors travel there with their strides and come back as
+the function left them. Uninitialised memory is NaN there.
 """
 
 from __future__ import annotations
