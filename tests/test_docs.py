@@ -25,6 +25,15 @@ SEEDS = range(3)
 
 
 @pytest.fixture(autouse=True)
+def _one_thread():
+    """Small nets, many steps: threads that wait for each other take minutes on busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -90,11 +90,61 @@ def test_every_row_a_sample(where, num_rows, dtype, power) -> None:
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("num_sms", [1, 2, 100])
-@pytest.mark.parametrize("side", [80, 144])
-def test_samples_divided_among_programs(where, side, num_sms) -> None:
-    """Direct, two groups of samples, and one program per sample give the same."""
-    grad, x, starts, ends = operands([30, 20, 11, 70, 2], 3, side, side, torch.bfloat16)
-    check(where, torch.rand(side, side), grad, x, starts, ends, 2, num_sms)
+@pytest.mark.parametrize("shape", [(80, 80), (144, 144), (70, 96), (96, 70)], ids=str)
+def test_samples_divided_among_programs(where, shape, num_sms) -> None:
+    """One program, two groups of samples, and one program per sample give the same."""
+    grad, x, starts, ends = operands([30, 20, 11, 70, 2], 3, *shape, torch.float32)
+    check(where, torch.rand(shape), grad, x, starts, ends, 2, num_sms)
+
+
+@pytest.mark.parametrize("starts", ["samples", "rows"])
+@pytest.mark.parametrize(
+    ("score", "is_direct"),
+    [
+        (torch.zeros(160, 160), True),
+        (torch.zeros(160, 80).T, True),
+        (torch.zeros(160, 176)[:, :80], True),
+        (torch.zeros(160, 170)[:, :80], False),
+        (torch.zeros(160, 160)[::2, ::2], False),
+        (torch.zeros(160, 100), False),
+        (torch.zeros(100, 160), False),
+        (torch.zeros(160, 161)[:, 1:], False),
+    ],
+    ids=["contiguous", "transposed", "wide", "odd-stride", "both-strides", "odd-columns",
+         "odd-rows", "odd-address"],
+)  # fmt: skip
+def test_score_needs_no_scratch(monkeypatch, score, is_direct, starts) -> None:
+    """A second copy of a large weight's score is made only where vectors would not fit."""
+    pytest.importorskip("triton")
+    from fishfast.kernels import fisher_linear, fisher_linear_rows, launch
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: launched.append(arguments)
+
+    monkeypatch.setattr(launch, "num_sms", lambda device: 1)
+    monkeypatch.setattr(fisher_linear, "samples_kernel", Kernel())
+    monkeypatch.setattr(fisher_linear_rows, "rows_kernel", Kernel())
+    bounds = (torch.tensor([0, 5]), torch.tensor([5, 9]))
+    grad, x = (torch.zeros(9, size) for size in score.shape)
+    fisher_linear.add_linear(score, grad, x, *(bounds if starts == "samples" else (None,) * 2), 2)
+    (arguments,) = launched
+    assert (arguments["out_ptr"].data_ptr() == score.data_ptr()) == is_direct
+    for name in ("num_out", "num_in", "stride_split", "stride_o"):
+        assert arguments[name] % 16 == 0
+    for name in ("out_ptr", "grad_ptr", "x_ptr"):
+        assert arguments[name].data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_squares_keep_more_bits_than_operands(where) -> None:
+    """1.0625 squared needs one bit more than bf16 has, and fits tf32."""
+    grad = torch.full((10, 16), 1.0625, dtype=torch.bfloat16)
+    score = torch.zeros(16, 16)
+    run(where, "add_linear", score, grad, grad, None, None, 2)
+    torch.testing.assert_close(score, torch.full_like(score, 10 * 1.0625**4))
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -119,12 +169,12 @@ def test_transposed_score(where, num_rows, num_sms) -> None:
 @pytest.mark.parametrize("where", WHERE)
 def test_score_inside_a_larger_tensor(where) -> None:
     """Strides of both dims are free, and what lies between the elements stays."""
-    whole = torch.rand(40, 200)
+    whole = torch.rand(200, 200)
     rest = whole.clone()
-    score = whole[4:36:2, 8:40:2]
-    grad, x, starts, ends = operands([9, 30], 0, 16, 16, torch.float32)
+    score = whole[4:164:2, 8:168:2]
+    grad, x, starts, ends = operands([9, 30], 0, 80, 80, torch.float32)
     check(where, score, grad, x, starts, ends, 2, num_sms=1)
-    rest[4:36:2, 8:40:2] = score
+    rest[4:164:2, 8:168:2] = score
     assert torch.equal(whole, rest)
 
 

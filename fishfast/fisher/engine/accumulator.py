@@ -60,11 +60,12 @@ class Accumulator:
         rstd: Tensor | None,
     ) -> None:
         """Add ``sum_b f( sum_t grad (x - mean) rstd )`` to ``score [D]``."""
-        self._backend_of(score, "sum")(score, grad, x, mean, rstd, self.power)
+        factors = (None if t is None else _no_double(t) for t in (x, mean, rstd))
+        self._backend_of(score, "sum")(score, _no_double(grad), *factors, self.power)
 
     def add_embedding(self, score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor) -> None:
         """Add the rows of equal tokens of a sample, f of their sum, to ``score [V, D]``."""
-        self._backend_of(score, "embedding")(score, tokens, samples, grad, self.power)
+        self._backend_of(score, "embedding")(score, tokens, samples, _no_double(grad), self.power)
 
     def add_conv(
         self, score: Tensor, grad: Tensor, x: Tensor, stride: tuple[int, ...],
@@ -74,3 +75,8 @@ class Accumulator:
         self._backend_of(score, "conv")(
             score, grad, x, stride, padding, dilation, groups, self.power
         )
+
+
+def _no_double(values: Tensor) -> Tensor:
+    """Return fp64 values in fp32, in which scores are added; others as they are."""
+    return values.float() if values.dtype == torch.float64 else values

@@ -40,7 +40,6 @@ class Audit(NamedTuple):
         calls: the nodes of the intercepted calls.
         foreign: name -> what uses it, for parameters that are used by something else too.
         groups: node -> for each operand the uses, itself among them, that are summed with it.
-        used: the names of all parameters that the losses depend on.
         moved: the calls whose rows tensors of indices put elsewhere before the losses.
         structure: the same for graphs of the same calls in the same order, whatever the sizes, that
             cut dim 0 in the same places.
@@ -49,7 +48,6 @@ class Audit(NamedTuple):
     calls: list[Any]
     foreign: dict[str, str]
     groups: dict[Any, list[Group | None]]
-    used: set[str]
     moved: set[Any]
     structure: int
 
@@ -106,9 +104,8 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
         for i, operand in enumerate(node.operands)
         if operand is not None
     ]
-    used = set(foreign).union(*(operand.names for _, _, operand in uses))
     groups, structure = _groups(calls, uses), hash(tuple(walked))
-    return Audit(calls, foreign, groups, used, _calls_above(movers), structure)
+    return Audit(calls, foreign, groups, _calls_above(movers), structure)
 
 
 def _moves(node: Any) -> bool:
