@@ -50,11 +50,13 @@ CONVS = {
 
 
 def operands(conv, dtype, layout=torch.contiguous_format):
-    x = random(conv.batch, conv.channels, *conv.size, dtype=dtype)
+    """What no output sees of the input is NaN: it must not reach a result."""
     shape = (conv.num_out, conv.channels // conv.groups, *conv.kernel)
-    out = torch.nn.functional.conv2d(
-        x.float(), torch.zeros(shape), None, conv.stride, conv.padding, conv.dilation, conv.groups
-    )
+    options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    x = torch.zeros(conv.batch, conv.channels, *conv.size, requires_grad=True)
+    out = torch.nn.functional.conv2d(x, torch.ones(shape), None, *options)
+    out.sum().backward()
+    x = random(*x.shape, dtype=dtype).masked_fill(x.grad == 0, torch.nan)
     grad = random(*out.shape, dtype=dtype, seed=1)
     return shape, grad.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
 

@@ -22,9 +22,12 @@ def test_kernels_give_what_torch_gives(kind, power):
     torch.manual_seed(0)
     expected = score(CASES[kind]() if kind in CASES else huggingface(kind), power=power)
     assert found.keys() == expected.keys()
+    # Gradients that cancel to zero (a key bias under softmax) are rounding alone, on both sides.
+    largest = max(float(value.max()) for value in expected.values())
+    cancelled = largest * (1e-12 if power == 2 else 1e-6)
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=1e-4, atol=1e-6 * float(value.max()), msg=name
+            found[name], value, rtol=1e-4, atol=1e-6 * float(value.max()) + cancelled, msg=name
         )
 
 

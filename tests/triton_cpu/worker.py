@@ -14,6 +14,8 @@ import os
 import pickle
 from typing import Any
 
+_PATIENCE = 120  # seconds; a kernel that never ends would stop the tests
+
 
 class InWorker(RuntimeError):
     """An exception in the worker, with its text."""
@@ -25,12 +27,12 @@ class Worker:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.line, other = context.Pipe()
-        process = context.Process(target=_serve, args=(other,), daemon=True)
+        self.process = context.Process(target=_serve, args=(other,), daemon=True)
         settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)  # the child inherits them
         try:
-            process.start()
+            self.process.start()
         finally:
             for name, value in before.items():
                 if value is None:
@@ -38,11 +40,15 @@ class Worker:
                 else:
                     os.environ[name] = value
         other.close()
-        atexit.register(process.kill)
+        atexit.register(self.process.kill)
 
     def call(self, module: str, function: str, args: tuple[Any, ...], num_sms: int):
         """Return the result, the arguments as they are after the call, and what was checked."""
         self.line.send_bytes(pickle.dumps((module, function, args, num_sms)))
+        if not self.line.poll(_PATIENCE):
+            worker.cache_clear()
+            self.process.kill()
+            raise InWorker(f"{function} gave no answer in {_PATIENCE} s: does it end?")
         succeeded, answer = pickle.loads(self.line.recv_bytes())
         if not succeeded:
             raise InWorker(answer)
