@@ -32,6 +32,7 @@ CONVS = {
     "one-sample": Conv(1, 3, (5, 5), 17, (2, 2)),
     "padding": Conv(2, 5, (5, 4), 6, (3, 3), padding=(1, 2)),
     "stride": Conv(2, 3, (9, 8), 4, (3, 2), stride=(2, 3), padding=(1, 0)),
+    "border-that-no-output-sees": Conv(2, 3, (10, 10), 4, (2, 2), stride=(3, 3)),
     "dilation": Conv(2, 3, (9, 11), 4, (3, 3), dilation=(2, 3), padding=(2, 1)),
     "stride-padding-dilation": Conv(2, 2, (11, 9), 3, (3, 2), (2, 1), (3, 2), (2, 3)),
     "even-kernel": Conv(2, 3, (6, 6), 4, (4, 4), padding=(3, 3)),
