@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fishfast._names import split_by_rule
 from fishfast.mask import SparseMask, index_dtype
-from fishfast.topk_mask import budget, everything_of
+from fishfast.topk_mask.budget import budget, everything_of
 
 __all__ = ["bias_mask", "magnitude_scores", "random_mask"]
 
