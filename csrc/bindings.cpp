@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <tuple>
 
@@ -49,6 +50,27 @@ void sgd_cpu(uintptr_t rows, int64_t num_rows, int num_threads) {
   check_rows(pointer<SparseSgdRow>(rows), num_rows);
   py::gil_scoped_release release;
   sparse_sgd_cpu(pointer<SparseSgdRow>(rows), num_rows, num_threads);
+}
+
+void linear_cpu(uintptr_t score, uintptr_t grad, uintptr_t x, uintptr_t starts, uintptr_t ends,
+                const std::array<int64_t, 4>& sizes, const std::array<int64_t, 3>& strides,
+                int power, int num_threads) {
+  for (uintptr_t address : {score, grad, x, starts, ends}) require_address(address, "an argument");
+  const FisherLinear call = {pointer<float>(score),
+                             pointer<const float>(grad),
+                             pointer<const float>(x),
+                             pointer<const int64_t>(starts),
+                             pointer<const int64_t>(ends),
+                             sizes[0],
+                             sizes[1],
+                             sizes[2],
+                             sizes[3],
+                             strides[0],
+                             strides[1],
+                             strides[2],
+                             power};
+  py::gil_scoped_release release;
+  fisher_linear_cpu(call, num_threads);
 }
 
 TopkSelection select_topk(const std::vector<std::tuple<uintptr_t, int64_t, int>>& tensors,
@@ -127,6 +149,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("SPARSE_ADAM_ROW_BYTES") = sizeof(SparseAdamRow);
   m.attr("ADAM_ENTRIES_PER_CHUNK") = kAdamEntriesPerChunk;
+  m.def("fisher_linear_cpu", &linear_cpu, py::arg("score"), py::arg("grad"), py::arg("x"),
+        py::arg("starts"), py::arg("ends"), py::arg("sizes"), py::arg("strides"), py::arg("power"),
+        py::arg("num_threads"));
   m.def("sparse_adam_cpu", &adam_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
   m.attr("SPARSE_SGD_ROW_BYTES") = sizeof(SparseSgdRow);
   m.def("sparse_sgd_cpu", &sgd_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));

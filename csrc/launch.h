@@ -74,6 +74,21 @@ struct SparseSgdRow {
 
 void sparse_sgd_cpu(const SparseSgdRow* rows, int64_t num_rows, int num_threads);
 
+// ---- fisher_linear ----------------------------------------------------------------------------
+
+struct FisherLinear {
+  float* score;           // [num_outputs, num_inputs], added to; rows score_stride apart
+  const float* grad;      // [num_rows, num_outputs], rows grad_stride apart
+  const float* x;         // [num_rows, num_inputs], rows x_stride apart
+  const int64_t* starts;  // [num_samples] first row of each sample
+  const int64_t* ends;    // [num_samples] one past its last row
+  int64_t num_outputs, num_inputs, num_rows, num_samples;
+  int64_t score_stride, grad_stride, x_stride;
+  int power;  // 2: squares; 1: absolute values
+};
+
+void fisher_linear_cpu(const FisherLinear& call, int num_threads);
+
 // ---- topk_mask --------------------------------------------------------------------------------
 
 struct ScoreTensor {

@@ -1,4 +1,4 @@
-"""fishfast.fisher.engine.accumulate, plain torch on the CPU: against float64 loops, in little room.
+"""fishfast.fisher.engine.accumulate and accumulate_cpu: against float64 loops, in little room.
 
 Plain torch is one fp32 product per sample here whatever the operands' dtype, so that operands of 16
 bits have to be as exact as their values in fp32.
@@ -7,6 +7,7 @@ bits have to be as exact as their values in fp32.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 
 import pytest
@@ -17,10 +18,23 @@ from torch.utils._pytree import tree_leaves
 from triton_cpu import oracle, plain
 from triton_cpu.comparing import assert_close, random
 
-from fishfast.fisher.engine import accumulate, accumulate_conv, accumulate_linear
+from fishfast.fisher.engine import (
+    accumulate,
+    accumulate_conv,
+    accumulate_cpu,
+    accumulate_linear,
+)
 
 POWERS = [pytest.param(1, id="abs"), pytest.param(2, id="square")]
 NAN = float("nan")
+IN_TORCH = accumulate  # `backend` changes what the name stands for
+
+
+@pytest.fixture(params=[accumulate, accumulate_cpu], ids=["torch", "compiled"])
+def backend(request, monkeypatch):
+    """Both modules under the name of the one, and every thread of the compiled one busy."""
+    monkeypatch.setattr(sys.modules[__name__], "accumulate", request.param)
+    monkeypatch.setattr(accumulate_cpu, "_PER_THREAD", 1)
 
 
 @pytest.fixture(params=["all-at-once", "a-few-at-a-time"])
@@ -32,7 +46,8 @@ def chunks(request, monkeypatch):
         for name, size in {"_HELD": 200, "_POSITIONS": 1, "_BLOCK": 10}.items():
             monkeypatch.setattr(accumulate_conv, name, size)
         for name, size in {"_HELD": 30, "_EMBEDDED": 20, "_COLUMNS": 2}.items():
-            monkeypatch.setattr(accumulate, name, size)
+            monkeypatch.setattr(IN_TORCH, name, size)
+        monkeypatch.setattr(accumulate_cpu, "_HELD", 200)
 
 
 @pytest.fixture(params=["batches", "tiles"])
@@ -84,7 +99,7 @@ def check_linear(score, grad, x, starts, ends, power):
     )
 
 
-@pytest.mark.usefixtures("chunks", "road")
+@pytest.mark.usefixtures("backend", "chunks", "road")
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -103,7 +118,7 @@ def test_linear(lengths, gap, dtype, power):
     check_linear(torch.rand(7, 11), *packed(lengths, 7, 11, dtype, gap), power)
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("backend", "chunks")
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_single_rows(dtype, power):
@@ -111,7 +126,7 @@ def test_linear_of_single_rows(dtype, power):
     check_linear(torch.rand(5, 9), grad, x, None, None, power)
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("backend", "road")
 @pytest.mark.parametrize("bounds", ["samples", "rows"])
 @pytest.mark.parametrize(("num_out", "num_in"), [(1, 1), (1, 31), (33, 2), (31, 1), (17, 64)])
 def test_linear_sizes(num_out, num_in, bounds):
@@ -120,12 +135,13 @@ def test_linear_sizes(num_out, num_in, bounds):
     check_linear(torch.zeros(num_out, num_in), grad, x, *ends, 2)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("num_out", "num_in"), [(1025, 70), (70, 1025), (1030, 1031)])
 def test_linear_larger_than_a_tile(num_out, num_in):
     check_linear(torch.zeros(num_out, num_in), *packed([9, 2], num_out, num_in, torch.float32), 2)
 
 
-@pytest.mark.usefixtures("chunks", "road")
+@pytest.mark.usefixtures("backend", "chunks", "road")
 @pytest.mark.parametrize("lengths", [[6, 3, 1], [1, 1, 1]])
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 def test_linear_into_a_view_of_a_score(layout, lengths):
@@ -138,13 +154,13 @@ def test_linear_into_a_view_of_a_score(layout, lengths):
     assert torch.equal(whole, rest)
 
 
-@pytest.mark.usefixtures("chunks", "road")
+@pytest.mark.usefixtures("backend", "chunks", "road")
 def test_linear_of_columns_of_wider_rows():
     grad, x, starts, ends = packed([6, 1, 6, 4], 20, 30, torch.bfloat16)
     check_linear(torch.rand(8, 12), grad[:, 5:13], x[:, 1:13], starts, ends, 2)
 
 
-@pytest.mark.usefixtures("road")
+@pytest.mark.usefixtures("backend", "road")
 @pytest.mark.parametrize(("num_rows", "num_samples"), [(0, 0), (0, 2), (5, 0), (5, 3)])
 def test_linear_of_nothing(num_rows, num_samples):
     score = torch.rand(3, 4)
@@ -324,7 +340,7 @@ def check_conv(score, grad, x, options, power):
     )
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("backend", "chunks")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
 @pytest.mark.parametrize("name", CONVS)
@@ -333,7 +349,7 @@ def test_conv(name, layout, dtype):
     check_conv(torch.rand(shape), grad, x, options, 2)
 
 
-@pytest.mark.usefixtures("chunks", "road")
+@pytest.mark.usefixtures("backend", "chunks", "road")
 @pytest.mark.parametrize(
     "name", ["all", "depthwise, all", "groups, all", "1x1", "1x1 of one pixel"]
 )
@@ -342,7 +358,7 @@ def test_conv_of_absolute_values(name):
     check_conv(torch.rand(shape), grad, x, options, 1)
 
 
-@pytest.mark.usefixtures("chunks", "road")
+@pytest.mark.usefixtures("backend", "chunks", "road")
 @pytest.mark.parametrize("name", ["all", "depthwise", "groups", "1x1", "conv1d"])
 def test_conv_of_views_into_a_channels_last_score(name):
     """Slices of wider tensors, an expanded gradient, a score whose weight is channels_last."""
@@ -354,6 +370,7 @@ def test_conv_of_views_into_a_channels_last_score(name):
     check_conv(score, grad, x, options, 2)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", ["plain", "groups", "depthwise", "1x1", "1x1 of one pixel"])
 def test_conv_of_no_samples(name):
     shape, grad, x, options = convolution(name, torch.float32)
@@ -363,6 +380,7 @@ def test_conv_of_no_samples(name):
     assert torch.equal(score, before)
 
 
+@pytest.mark.usefixtures("backend")
 def test_long_depthwise_sums_are_exact():
     """A running sum over 224 x 224 positions would be off by 5e-6."""
     x, grad = (random(1, 2, 224, 224, dtype=torch.float32, seed=seed) for seed in range(2))

@@ -23,6 +23,7 @@ from models import CASES, classify
 from torch import nn
 
 import fishfast as ff
+from fishfast.fisher.engine.scorer import THROUGH
 
 
 def test_a_fisher_worked_out_by_hand():
@@ -207,3 +208,17 @@ def test_copies_of_a_model_agree_bit_for_bit():
     first = score(case)
     second = ff.estimate_fisher(twin, case.batches, loss_fn=case.loss_fn)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "lstm", "tables", "linear_over_positions", "bert"])
+def test_the_report_names_weights_that_cost_a_backward_per_sample(kind):
+    case = CASES[kind]() if kind in CASES else models.huggingface(kind)
+    through = {name for name, road in score(case).roads.items() if road.endswith(THROUGH)}
+    expected = {
+        "weight_norm": {f"0.parametrizations.weight.original{i}" for i in (0, 1)},
+        "lstm": {name for name, _ in case.model.named_parameters() if name.startswith("rnn.")},
+        "tables": {"chosen"},
+        "linear_over_positions": set(),
+        "bert": set(),
+    }  # fmt: skip
+    assert through == expected[kind]

@@ -99,7 +99,7 @@ def estimate_fisher(
         save_every: seconds.
         process_group: sum over its processes, each with batches of its own; every process gets
             the same scores. Each needs its own ``resume_path``.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        backend: ``"auto"``, ``"cpu"`` (compiled), ``"triton"`` or ``"torch"``.
 
     Returns:
         A `Fisher`: name -> fp32 scores of the parameter's shape, on the parameter's device.

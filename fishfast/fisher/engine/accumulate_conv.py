@@ -13,7 +13,7 @@ from torch import Tensor
 from fishfast.fisher.engine.accumulate_linear import SMALL_WEIGHT, add_linear
 from fishfast.fisher.engine.power import add_sample, add_samples
 
-__all__ = ["add_conv"]
+__all__ = ["add_conv", "interior", "padded_zeros", "windows"]
 
 # fp32 values (4 MB) of the windows, or of the samples' gradients, that are held at once.
 _HELD = 2**20
@@ -96,22 +96,22 @@ def _add_windows(
     step = min(len(x), max(1, _HELD // max(score.numel(), window * height * width)))
     rows = height if step > 1 else max(-(-_POSITIONS // width), _HELD // (window * width))
     channels_last = groups == 1
-    padded = _zeros(x[:step], padding, channels_last)
+    padded = padded_zeros(x[:step], padding, channels_last)
     weight_shape = (num_out, kh, kw, channels) if channels_last else tuple(score.shape)
     total = torch.zeros(weight_shape, device=x.device)
     grads = torch.empty((step * groups, num_out // groups, window // groups), device=x.device)
     for g, a in zip(grad.split(step), x.split(step), strict=True):
         n = len(a)
         sums = grads[: n * groups]
-        _interior(padded[:n], padding).copy_(a)
+        interior(padded[:n], padding).copy_(a)
         for top in range(0, height, rows):
             block = g[:, :, top : top + rows].float()
             left = block.reshape(n * groups, num_out // groups, -1)
-            windows = _windows(padded[:n], score, block, stride, dilation, top, groups)
+            seen = windows(padded[:n], score, block, stride, dilation, top, groups)
             if channels_last:
-                right = windows.permute(0, 1, 5, 6, 3, 4, 2).reshape(n, left.shape[2], -1)
+                right = seen.permute(0, 1, 5, 6, 3, 4, 2).reshape(n, left.shape[2], -1)
             else:
-                right = windows.reshape(n * groups, -1, left.shape[2]).transpose(1, 2)
+                right = seen.reshape(n * groups, -1, left.shape[2]).transpose(1, 2)
             beta = 1 if top else 0
             if len(sums) == 1:  # a batch of one is slower on several threads
                 torch.addmm(sums[0], left[0], right[0], beta=beta, out=sums[0])
@@ -121,20 +121,20 @@ def _add_windows(
     score += total.permute(0, 3, 1, 2) if channels_last else total
 
 
-def _zeros(x: Tensor, padding: tuple[int, int], channels_last: bool) -> Tensor:
+def padded_zeros(x: Tensor, padding: tuple[int, int], channels_last: bool) -> Tensor:
     """Return fp32 zeros of the padded input's shape."""
     shape = (*x.shape[:2], x.shape[2] + 2 * padding[0], x.shape[3] + 2 * padding[1])
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, device=x.device, memory_format=layout).zero_()
 
 
-def _interior(padded: Tensor, padding: tuple[int, int]) -> Tensor:
+def interior(padded: Tensor, padding: tuple[int, int]) -> Tensor:
     """Return the view of the padded input that is not padding."""
     height, width = padded.shape[2:]
     return padded[:, :, padding[0] : height - padding[0], padding[1] : width - padding[1]]
 
 
-def _windows(
+def windows(
     x: Tensor,
     weight: Tensor,
     grad: Tensor,
@@ -172,13 +172,13 @@ def _add_depthwise(
     height, width = grad.shape[2:]
     rows = max(1, _BLOCK // width)
     step = max(1, _HELD // x[0].numel())
-    padded = _zeros(x[:step], padding, channels_last=False)
+    padded = padded_zeros(x[:step], padding, channels_last=False)
     used = (width - 1) * stride[1] + (kw - 1) * dilation[1] + 1
     # [C, multiplier, kh, kw]: one convolution for each of the outputs that share an input.
     scores = score.unflatten(0, (channels, -1))[:, :, 0].unbind(1)
     for g, a in zip(grad.split(step), x.split(step), strict=True):
         n = len(a)
-        _interior(padded[:n], padding).copy_(a)
+        interior(padded[:n], padding).copy_(a)
         a = padded[:n].view(1, n * channels, *padded.shape[2:])[..., :used]
         kernels = g.float().unflatten(1, (channels, -1)).unbind(2)
         for one, kernel in zip(scores, kernels, strict=True):

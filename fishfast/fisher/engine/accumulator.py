@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fishfast import _backend
-from fishfast.fisher.engine import accumulate
+from fishfast.fisher.engine import accumulate, accumulate_cpu
 
 __all__ = ["Accumulator"]
 
@@ -20,7 +20,7 @@ class Accumulator:
 
     Args:
         power: 2 for squares, 1 for absolute values.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "cpu", "triton" or "torch".
     """
 
     def __init__(self, power: int, backend: str = "auto") -> None:
@@ -40,7 +40,10 @@ class Accumulator:
         found = self._functions.get((operation, score.device))
         if found is None:
             module: Any = accumulate
-            if _backend.choose("fisher", score.device, self.backend) == "triton":
+            backend = _backend.choose("fisher", score.device, self.backend)
+            if backend == "cpu":
+                module = accumulate_cpu
+            elif backend == "triton":
                 module = importlib.import_module(f"fishfast.kernels.fisher_{operation}")
             found = self._functions[operation, score.device] = getattr(module, f"add_{operation}")
         return found

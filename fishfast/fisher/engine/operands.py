@@ -67,10 +67,15 @@ class Tracker:
 
     Args:
         parameters: the tracked parameters by name.
+
+    Attributes:
+        pulled_back: parameters to which samples' gradients went back through the operations that
+            compute an operand from them.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
+        self.pulled_back: set[str] = set()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._whole = {
             name: Operand(parameter, (name,), self._region(parameter))
@@ -184,6 +189,7 @@ class Tracker:
                 operand.region.of(target).copy_(grad)
             return {name: full}
         inputs = [self.parameters[name] for name in operand.names]
+        self.pulled_back.update(operand.names)
         grads = grads.to(operand.tensor.dtype)
         rows = [gradients(operand.tensor, inputs, grad) for grad in grads]
         columns = zip(*rows, strict=True)

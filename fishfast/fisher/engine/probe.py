@@ -49,6 +49,7 @@ class RowFinder:
         self._known: dict[int, dict[int, dict[Layout, set[int]]]] = {}
         self._silent: dict[int, set[int]] = {}
         self._observed: dict[Any, Tensor] = {}
+        self._directions: dict[tuple[int, torch.device], Tensor] = {}
 
     def observe(self, node: Any, x: Tensor | None, grad: Tensor) -> None:
         """Note one number for each row: its gradient along a fixed random direction.
@@ -56,15 +57,21 @@ class RowFinder:
         In float64, so that a gradient times a power of two gives exactly that number times it.
         """
         rows = grad.reshape(prod(node.lead), prod(grad.shape[len(node.lead) :]))
-        generator = torch.Generator().manual_seed(rows.shape[1])
-        direction = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
-        direction = direction.to(rows.device)
+        direction = self._direction(rows.shape[1], rows.device)
         # What is not finite is refused later, by the name of the scores that it ends in. In parts:
         # in float64 the gradient of a language model's outputs would be the largest tensor of all.
         parts = rows.split(max(1, _PART // max(1, rows.shape[1])))
         self._observed[node] = torch.cat(
             [part.double().nan_to_num_(0, 0, 0) @ direction for part in parts]
         )
+
+    def _direction(self, size: int, device: torch.device) -> Tensor:
+        found = self._directions.get((size, device))
+        if found is None:
+            generator = torch.Generator().manual_seed(size)
+            found = torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+            self._directions[size, device] = found
+        return found
 
     def known(self, found: Audit, num_samples: int) -> list[Any]:
         """Give their rows to the calls where they are known; return the other calls.
@@ -180,6 +187,7 @@ class RowFinder:
                 several.append(node)
             else:
                 self._learn(node, of, num_samples, again=node in found.moved)
+        self._directions.clear()
         if not reached:  # a batch without labels, say, which tells nothing of the next one
             self._silent.clear()
         return several, reached

@@ -39,8 +39,18 @@ __all__ = ["Scorer"]
 
 UNUSED, BATCHED = "not used", "batched"
 EXPANDED, SORTED = "batched, where it meets the data", "batched, rows sorted by sample"
+THROUGH = "batched, then sample by sample through what computes the weight"
 ALONE = "one sample at a time"
-_ROADS = (UNUSED, BATCHED, EXPANDED, SORTED)  # a parameter's road is the last of those it takes
+_ROADS = (
+    UNUSED,
+    BATCHED,
+    EXPANDED,
+    SORTED,
+    THROUGH,
+)  # a parameter's road is the last of those it takes
+
+# Added to a road: weight norm, a recurrent layer over the data itself, a table that is looked up.
+THROUGH = "; sample by sample through what is computed from it"
 
 _COUPLED = (
     "loss_fn must return losses that depend on one sample each; the gradient of one loss reaches "
@@ -270,7 +280,10 @@ class Scorer:
                     road = BATCHED
                 for name in operand.names:
                     if name not in self.fallback:
-                        self.roads[name] = max(self.roads[name], road, key=_ROADS.index)
+                        before = self.roads[name].removesuffix(THROUGH)
+                        self.roads[name] = max(before, road, key=_ROADS.index)
+        for name in self.interception.tracker.pulled_back - self.fallback.keys():
+            self.roads[name] = self.roads[name].removesuffix(THROUGH) + THROUGH
         for name, reason in self.fallback.items():
             self.roads[name] = f"{ALONE}: {reason}"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.rows import Rows
 
 __all__ = [
-    "BroadcastUse", "ConvUse", "EmbeddingUse", "ExpertsUse", "LinearUse", "SumUse", "Use", "Window",
-    "sum_equal",
+    "BroadcastUse", "EmbeddingUse", "ExpertsUse", "LinearUse", "SumUse", "Use", "sum_equal",
 ]  # fmt: skip
 
 
@@ -116,59 +114,6 @@ def sum_equal(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     unique, lengths = torch.unique_consecutive(keys, return_counts=True)
     # segment_reduce adds each segment in order on every device: no float atomics.
     return unique, torch.segment_reduce(rows[order], "sum", lengths=lengths, axis=0)
-
-
-class Window(NamedTuple):
-    """How a convolution goes over its input; sizes by dim."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def in_2d(self) -> Window:
-        """Return a 1-d window as one over images of height 1."""
-        if len(self.stride) == 2:
-            return self
-        return Window((1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups)
-
-
-class ConvUse(Use):
-    """A convolution's weight gradient: G against the windows of the input, group by group."""
-
-    def __init__(
-        self, rows: Rows, grad: Tensor, x: Tensor, shape: torch.Size, window: Window
-    ) -> None:
-        super().__init__(rows)
-        dtype = torch.promote_types(grad.dtype, x.dtype)
-        dtype = torch.float32 if dtype == torch.float64 else dtype
-        self.grad, self.x, self.shape, self.window = grad.to(dtype), x.to(dtype), shape, window
-
-    def add_to(self, score: Tensor, add: Accumulator) -> None:
-        """Add the f's of all samples to ``score``, the weight's shape."""
-        grad, x = self.rows.by_sample(self.grad), self.rows.by_sample(self.x)
-        if grad is None or x is None or grad.shape[1] != 1 or len(self.shape) > 4:
-            for grads in self.grads():
-                add.add_samples(score, grads)
-            return
-        grad, x = _in_2d(grad.squeeze(1)), _in_2d(x.squeeze(1))
-        add.add_conv(_in_2d(score), grad, x, *self.window.in_2d())
-
-    def grads(self) -> Iterator[Tensor]:
-        """Yield one sample's gradient at a time; a sample may have several images."""
-        dims = len(self.shape) - 2
-        for grad, x in zip(self.rows.split(self.grad), self.rows.split(self.x), strict=True):
-            _, weight, _ = torch.ops.aten.convolution_backward(
-                grad.float(), x.float(), x.new_empty(self.shape, dtype=torch.float32), None,
-                self.window.stride, self.window.padding, self.window.dilation,
-                False, [0] * dims, self.window.groups, [False, True, False],
-            )  # fmt: skip
-            yield weight.unsqueeze(0)
-
-
-def _in_2d(tensor: Tensor) -> Tensor:
-    """Return a 1-d convolution's tensor as that of a 2-d one of height 1."""
-    return tensor if tensor.dim() == 4 else tensor.unsqueeze(2)
 
 
 class SumUse(Use):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fishfast.fisher.engine.rows import Rows
 from fishfast.fisher.engine.rules.rule import Rule
-from fishfast.fisher.engine.uses import ConvUse, SumUse, Use, Window
+from fishfast.fisher.engine.uses import SumUse, Use
+from fishfast.fisher.engine.uses_conv import ConvUse, Window
 
 __all__ = ["ConvRule"]
 
