@@ -70,7 +70,7 @@ def assert_same_scores(one, other):
         ({**EXACT, "head": "gaussian", "power": 1}, ValueError, "for infinitely many labels"),
         ({"fisher_type": "exact"}, TypeError, "without an outputs_fn must be mappings; got"),
         ({"loss_fn": classify, "backend": "cuda"}, ValueError,
-         r"backend must be 'auto' or one of \('torch', 'triton'\) for fisher on cpu; got 'cuda'"),
+         r"backend must be 'auto' or one of \('cpu', 'torch', 'triton'\) for fisher on cpu; got"),
         ({"loss_fn": classify, "backend": "triton"}, RuntimeError, "asked for but cannot run"),
         ({"loss_fn": classify, "resume_path": "none/f"}, FileNotFoundError,
          "the folder of 'none/f' must exist"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+from collections import UserDict
 
 import models
 import pytest
@@ -126,6 +126,45 @@ def test_default_losses_of_tokens(config, own_loss):
     assert_default_loss_is(loss_fn, model, batch)
 
 
+def test_a_decoder_whose_own_loss_does_not_shift():
+    """BartForCausalLM and its kind: transformers calls them causal."""
+    model = type("BartForCausalLM", (Heads,), {})(5, loss_type="ForCausalLM")
+    batch = {"x": torch.randn(4, 7, 6), "labels": torch.randint(0, 5, (4, 7))}
+
+    def loss_fn(model, batch):
+        return same_tokens(model.linear(batch["x"]), batch["labels"]).unsqueeze(0)
+
+    assert_default_loss_is(loss_fn, model, batch)
+
+
+@pytest.mark.parametrize("name", ["ElectraForPreTraining", "ProphetNetForCausalLM"])
+def test_a_model_with_another_loss_asks_for_a_loss_fn(name):
+    model = type(name, (Heads,), {})(5)
+    batch = {"x": torch.randn(4, 6), "labels": torch.randint(0, 2, (4, 5)).float()}
+    with pytest.raises(ValueError, match="loss_fn is needed"):
+        ff.estimate_fisher(model, [batch])
+
+
+class Entries(UserDict):
+    """A mapping that is no dict, as transformers' BatchEncoding."""
+
+
+@pytest.mark.parametrize("kind", [dict, Entries])
+@pytest.mark.parametrize("wrap", [lambda batch: batch, lambda batch: ([batch], 1)])
+def test_a_loss_may_take_entries_out_of_its_batch(wrap, kind):
+    model = nn.Sequential(nn.Linear(6, 5), nn.PReLU())  # a second forward, for the fallback
+
+    def losses(model, batch):
+        batch = batch[0][0] if isinstance(batch, tuple) else batch
+        labels = batch.pop("labels")
+        return F.cross_entropy(model(batch["x"]), labels, reduction="none")
+
+    batch = kind(x=torch.randn(4, 6), labels=torch.randint(0, 5, (4,)))
+    fisher = ff.estimate_fisher(model, [wrap(batch)], loss_fn=losses)
+    assert fisher.passes["forward"] > 1
+    assert set(batch) == {"x", "labels"}
+
+
 def test_a_sample_without_labels_counts_and_scores_zero():
     model = Heads(5, loss_type="ForCausalLM")
     batch = {"x": torch.randn(2, 7, 6), "labels": torch.full((2, 7), -100)}
@@ -141,7 +180,7 @@ def test_any_mapping_is_a_batch():
     model = Heads(3)
     batch = {"x": BATCH[0], "labels": torch.tensor([0, 2, 1, 2])}
     expected = ff.estimate_fisher(model, [batch])
-    fisher = ff.estimate_fisher(model, [collections.UserDict(batch)])
+    fisher = ff.estimate_fisher(model, [UserDict(batch)])
     assert all(torch.equal(fisher[name], expected[name]) for name in fisher)
 
 

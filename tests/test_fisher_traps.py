@@ -143,6 +143,105 @@ def test_losses_far_apart_do_not_hide_each_other(scale):
     assert not fisher.fallback
 
 
+@pytest.mark.parametrize("scale", [1, 64, 1024, 8192])
+def test_large_losses_of_a_model_in_half_precision(scale):
+    """The search's powers of two times such gradients overflow fp16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).half()
+    samples = torch.tensor([0, 2, 1, 0, 2, 1, 1])  # in no order that a layout has
+
+    def losses(model, x):
+        out = model(x).float().square().sum(1)
+        return scale * torch.zeros(3).index_add(0, samples, out)
+
+    batches = [torch.randn(7, 4, dtype=torch.half) for _ in range(2)]
+    fisher = ff.estimate_fisher(model, batches, loss_fn=losses)
+    exact = ff.estimate_fisher(copy.deepcopy(model).float(), [x.float() for x in batches],
+                               loss_fn=losses)  # fmt: skip
+    for name, expected in exact.items():
+        torch.testing.assert_close(fisher[name], expected, rtol=2e-2, atol=1e-2 * expected.max())
+
+
+class OnlyOnes(torch.autograd.Function):
+    """Has a gradient where that of its output is 1: in no backward with other weights."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.where(grad == 1, grad, 0)
+
+
+def test_gradients_that_the_search_does_not_see():
+    """As of rounding, which is 0 in one backward and not in another: one sample at a time."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def losses(model, x):
+        return OnlyOnes.apply(model(x).sum((1, 2)))
+
+    batches = [torch.randn(3, 5, 4) for _ in range(2)]
+    case = Case(model, batches, losses)
+    assert_as_exact_as_a_loop(score(case), truth(case), truth(case, torch.float32))
+
+
+class Pushes(nn.Module):
+    """As MoCo: a queue of what came before, in a buffer; a weight that no rule covers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.slope = nn.Linear(4, 5), nn.PReLU()
+        self.register_buffer("queue", torch.randn(6, 5))
+
+    def forward(self, x):
+        keys = F.normalize(self.slope(self.linear(x)), dim=1)
+        logits = keys @ self.queue.clone().T
+        with torch.no_grad():
+            self.queue.copy_(torch.cat([keys.detach(), self.queue])[:6])
+        return logits
+
+
+def test_a_forward_that_runs_again_starts_from_the_same_buffers():
+    model, batches = Pushes(), [torch.randn(3, 4) for _ in range(3)]
+
+    def losses(model, x):
+        return -model(x).log_softmax(1)[:, 0]
+
+    exact = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    loop = copy.deepcopy(model)
+    for x in batches:
+        for loss in losses(loop, x):
+            grads = torch.autograd.grad(loss, list(loop.parameters()), retain_graph=True)
+            for total, grad in zip(exact.values(), grads, strict=True):
+                total += grad.square()
+    before = model.queue.clone()
+    fisher = ff.estimate_fisher(model, batches, loss_fn=losses)
+    assert fisher.fallback
+    assert fisher.passes["forward"] > len(batches)
+    for name, expected in exact.items():
+        torch.testing.assert_close(fisher[name], expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(model.queue, before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(5,), (5, 2)], ids=["3d", "4d"])
+def test_calls_in_place_behind_a_layer(sizes, bias):
+    """``ReLU(inplace=True)`` and ``x += ...`` behind a linear layer over positions."""
+
+    def run(self, x):
+        x = self.first(x)
+        x += 1
+        x = self.second(self.relu(x))
+        x *= 2
+        return x.flatten(1).square().sum(1)
+
+    model = Calls(run, first=nn.Linear(4, 6, bias=bias), relu=nn.ReLU(inplace=True),
+                  second=nn.Linear(6, 3, bias=bias))  # fmt: skip
+    case = Case(model, [torch.randn(3, *sizes, 4)], lambda model, x: model(x))
+    assert_as_exact_as_a_loop(score(case), truth(case), truth(case, torch.float32))
+
+
 def test_a_parameter_without_a_gradient_in_a_batch_keeps_its_score():
     case = CASES["experts_without_tokens"]()
     fisher = score(case)

@@ -34,6 +34,48 @@ def test_model_and_random_state_are_untouched(name):
     assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
 
 
+def _through_data(model):
+    model.count.data += 1
+
+
+def _other_memory(model):
+    model.count.data = torch.ones(5)
+
+
+def _resized(model):
+    model.count.resize_(7)
+
+
+def _replaced(model):
+    model.count = torch.ones(2)
+
+
+def _filled_in(model):
+    model.later = torch.ones(2)
+
+
+def _registered(model):
+    model.register_buffer("new", torch.ones(2), persistent=False)
+
+
+@pytest.mark.parametrize(
+    "change", [_through_data, _other_memory, _resized, _replaced, _filled_in, _registered]
+)
+def test_buffers_are_put_back_however_a_forward_changes_them(change):
+    model = nn.Linear(6, 4)
+    model.register_buffer("count", torch.zeros(3))
+    model.register_buffer("later", None)
+    count, memory = model.count, model.count.data_ptr()
+    model.register_forward_hook(lambda module, *_: change(module))
+    ff.estimate_fisher(model, [BATCH], loss_fn=classify)
+    assert list(model._buffers) == ["count", "later"]
+    assert model.count is count
+    assert change is _resized or model.count.data_ptr() == memory
+    assert torch.equal(model.count, torch.zeros(3))
+    assert model.later is None
+    assert not model._non_persistent_buffers_set
+
+
 def test_scoring_happens_in_eval_mode_and_the_optimizer_goes_on():
     case = CASES["convnet_with_norms"]()
     assert case.model.training

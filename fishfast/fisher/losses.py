@@ -27,6 +27,16 @@ _GENERATION = "ForConditionalGeneration"
 _CAUSAL_MODELS = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel", "BertLMHeadModel")
 
 
+# Decoders whose own loss does not shift the labels, though transformers calls them causal.
+_NOT_SHIFTED = (
+    "Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "CpmAnt", "MBart", "Marian", "Mvp",
+    "PLBart", "Pegasus", "TrOCR", "Whisper",
+)  # fmt: skip
+
+# Models with several losses, or one for each token, or of several tokens ahead.
+_OTHER_LOSSES = ("ForPreTraining", "ProphetNetForCausalLM")
+
+
 def labelled_batch_losses(model: nn.Module, batch: Any) -> Tensor:
     """Return one loss per sample for a batch with ``labels``.
 
@@ -121,6 +131,10 @@ def ask_model(model: nn.Module, batch: Mapping[str, Any], remedy: str) -> Answer
     loss_type = kind = getattr(model, "loss_type", None)
     if type(model).__name__ in _CAUSAL_MODELS:
         kind = _TOKENS_NEXT[0]
+    elif type(model).__name__.removesuffix("ForCausalLM") in _NOT_SHIFTED:
+        kind = _TOKENS_SAME[0]
+    elif type(model).__name__.endswith(_OTHER_LOSSES):
+        kind = "another loss"
     elif kind == _GENERATION:
         kind = _TOKENS_SAME[0] if encoder_decoder else _TOKENS_NEXT[0]
     task = None

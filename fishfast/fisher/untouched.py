@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-__all__ = ["OwnRandomState", "buffers_put_back", "hooks_set_aside", "scoring_mode"]
+__all__ = ["Buffers", "OwnRandomState", "buffers_put_back", "hooks_set_aside", "scoring_mode"]
 
 
 @contextlib.contextmanager
@@ -54,23 +54,43 @@ def hooks_set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p._backward_hooks = own
 
 
+class Buffers:
+    """The buffers of a model as they are now, to be put back: objects, memory and values.
+
+    Args:
+        model: whose buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            (module, dict(module._buffers), set(module._non_persistent_buffers_set))
+            for module in model.modules()
+        ]
+        buffers = {id(buffer): buffer for buffer in model.buffers()}
+        self._values = [(buffer, buffer.data, buffer.clone()) for buffer in buffers.values()]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undo what was written, replaced, filled in, registered or resized since."""
+        for module, buffers, non_persistent in self._modules:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set = non_persistent
+        for buffer, memory, value in self._values:
+            if buffer.shape != memory.shape or buffer.data_ptr() != memory.data_ptr():
+                buffer.data = memory
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
 @contextlib.contextmanager
 def buffers_put_back(model: nn.Module) -> Iterator[None]:
     """Give a model that counts in its buffers, or replaces them, the old ones back."""
-    kept = [
-        (module, name, buffer, buffer.clone(), buffer._version)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    buffers = Buffers(model)
     try:
         yield
     finally:
-        for module, name, buffer, value, version in kept:
-            module._buffers[name] = buffer
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
+        buffers.put_back()
 
 
 class OwnRandomState:

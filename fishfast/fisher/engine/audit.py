@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.operands import Operand, Tracker, disjoint_groups
+from fishfast.fisher.engine.row_order import Consumer
 
 __all__ = ["Audit", "audit"]
 
@@ -23,10 +24,12 @@ _MOVING = {
     )
 }  # fmt: skip
 
-# Calls that cut a tensor up; samples of other lengths, packed, are cut in other places.
+# Calls that cut a tensor up, or turn it round: samples of other lengths, packed, are cut in other
+# places.
 _CUTTING = {
-    "SplitWithSizesBackward0": "_saved_split_sizes", "SplitBackward0": "_saved_split_size",
-    "SelectBackward0": "_saved_index", "SliceBackward0": "_saved_start",
+    "SplitWithSizesBackward0": ("_saved_split_sizes",), "SplitBackward0": ("_saved_split_size",),
+    "SelectBackward0": ("_saved_index",), "SliceBackward0": ("_saved_start", "_saved_end"),
+    "RollBackward0": ("_saved_shifts",),
 }  # fmt: skip
 
 # Uses of overlapping parts of parameters: nodes, and which of their operands.
@@ -42,7 +45,8 @@ class Audit(NamedTuple):
         groups: node -> for each operand the uses, itself among them, that are summed with it.
         moved: the calls whose rows tensors of indices put elsewhere before the losses.
         structure: the same for graphs of the same calls in the same order, whatever the sizes, that
-            cut dim 0 in the same places.
+            cut the samples' dim in the same places.
+        consumers: node -> what uses its outputs.
     """
 
     calls: list[Any]
@@ -50,6 +54,7 @@ class Audit(NamedTuple):
     groups: dict[Any, list[Group | None]]
     moved: set[Any]
     structure: int
+    consumers: dict[Any, list[Consumer]]
 
 
 def audit(losses: Tensor, tracker: Tracker) -> Audit:
@@ -72,13 +77,14 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
     foreign: dict[str, str] = {}
     walked: list[Any] = []
     movers: list[Any] = []
+    consumers: dict[Any, list[Consumer]] = {}
     seen, stack = {losses.grad_fn}, [losses.grad_fn]
     while stack:
         node: Any = stack.pop()
         walked.append(node.name())
         if node.name() in _CUTTING:
-            walked.append(_cut(node))
-        if _moves(node):
+            walked.append(_cut(node, len(losses)))
+        if _moves(node, len(losses)):
             movers.append(node)
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
@@ -89,9 +95,10 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
         if hasattr(node, "rule"):
             calls.append(node)
             walked += [type(node.rule), *(operand and operand.names for operand in node.operands)]
-        for parent, _ in node.next_functions:
+        for position, (parent, output) in enumerate(node.next_functions):
             if parent is None:
                 continue
+            consumers.setdefault(parent, []).append(Consumer(node, position, output))
             name = tracker.name(getattr(parent, "variable", None))
             if name is not None:
                 foreign.setdefault(name, _call_name(node))
@@ -105,28 +112,40 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
         if operand is not None
     ]
     groups, structure = _groups(calls, uses), hash(tuple(walked))
-    return Audit(calls, foreign, groups, _calls_above(movers), structure)
+    return Audit(calls, foreign, groups, _calls_above(movers), structure, consumers)
 
 
-def _moves(node: Any) -> bool:
-    """Whether tensors say which row of dim 0 goes where; they do not in ``x[arange(B), ids]``."""
+def _moves(node: Any, num_samples: int) -> bool:
+    """Whether tensors say which sample's row goes where; they do not in ``x[arange(B), ids]``."""
     name = node.name()
     if name in {"IndexBackward0", "IndexPutBackward0"}:
-        first = node._saved_indices[0]
-        if first is None or first.dim() != 1 or first.dtype == torch.bool:
-            return first is not None
-        return not torch.equal(first, torch.arange(len(first), device=first.device))
+        sizes = node._input_metadata[0].shape
+        if name == "IndexBackward0":
+            sizes = node._saved_self_sym_sizes
+        # In dim 0, or in another dim of as many elements as there are samples.
+        for dim, index in enumerate(node._saved_indices):
+            if index is None or not (dim == 0 or sizes[dim] == num_samples):
+                continue
+            if index.dim() != 1 or index.dtype == torch.bool:
+                return True
+            if not torch.equal(index, torch.arange(len(index), device=index.device)):
+                return True
+        return False
     if name == "GatherBackward0":
         dims = node._saved_index.dim()
         return dims == 1 or node._saved_dim not in {dims - 1, 2**64 - 1}
     return name in _MOVING
 
 
-def _cut(node: Any) -> Any:
-    """Return where a call cuts dim 0; None for another dim."""
-    if node._saved_dim != 0:
-        return None
-    return str(getattr(node, _CUTTING[node.name()])), str(getattr(node, "_saved_end", None))
+def _cut(node: Any, num_samples: int) -> Any:
+    """Return where a call cuts, or turns, the samples; None for another dim."""
+    dims = getattr(node, "_saved_dims", None)
+    if dims is None:
+        sizes = node._saved_self_sym_sizes
+        dim = node._saved_dim if node._saved_dim < 2**63 else node._saved_dim - 2**64 + len(sizes)
+        if dim > 1 or (dim == 1 and sizes[dim] != num_samples):
+            return None
+    return str([getattr(node, name) for name in _CUTTING[node.name()]] + [dims])
 
 
 def _calls_above(nodes: list[Any]) -> set[Any]:

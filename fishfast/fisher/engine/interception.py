@@ -245,6 +245,13 @@ def _writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker
     return in_place and isinstance(target, Tensor) and bool(tracker.sources(target))
 
 
+def _own(out: Tensor) -> Tensor:
+    """Return a result that is no view: autograd refuses to have an in-place call on those."""
+    if not out._is_view():  # F.linear with a bias folds the leading dims
+        return out
+    return torch.ops.aten._unsafe_view(out, out.shape) if out.is_contiguous() else out.clone()
+
+
 class _InterceptedCall(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -257,7 +264,7 @@ class _InterceptedCall(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        out = rule.forward(x, weight, bias)
+        out = _own(rule.forward(x, weight, bias))
         ctx.save_for_backward(x, weight, bias)
         # The audit reads these from the graph's nodes; `rows` is filled in before scoring.
         ctx.interception, ctx.rule, ctx.operands = interception, rule, operands

@@ -10,8 +10,9 @@ half of the losses and of the other half decide, one pair for each bit of the sa
 
 What is learned is a `Layout` for each call of a graph of this structure. Which loss a row belongs
 to depends on what lies between the call and the losses: it is trusted in later batches if the sizes
-say the same and no tensor of indices moves rows there. Calls whose rows are moved (experts, sorted
-or unpadded sequences) are looked at in every batch.
+say the same, no tensor of indices moves rows there, and rows of several samples in one dim stay in
+order (row_order.py). Other calls (experts, sorted or packed sequences) are looked at in every
+batch, and all calls again after 4, 16, 64, ... batches.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.audit import Audit
+from fishfast.fisher.engine.row_order import stays_in_order
 from fishfast.fisher.engine.rows import NO_GRADIENT, SEVERAL, Layout, Rows, layouts
 
 __all__ = ["RowFinder"]
@@ -37,6 +39,8 @@ _BASE = 16
 _OWN = 10
 # Elements of a gradient that are held in float64 at once.
 _PART = 2**20
+# Batches after which nothing is trusted once: where two that look alike were not, it shows.
+_LOOKED_AT_AGAIN = {4**exponent + 1 for exponent in range(1, 16)}
 # Structures of graphs whose calls are remembered: models that route tokens make new ones for ever.
 _STRUCTURES = 64
 
@@ -46,8 +50,9 @@ class RowFinder:
 
     def __init__(self) -> None:
         # By the structure of the graph, then by the place of the call in it.
-        self._known: dict[int, dict[int, dict[Layout, set[int]]]] = {}
+        self._known: dict[int, dict[int, set[Layout]]] = {}
         self._silent: dict[int, set[int]] = {}
+        self._num_batches = 0
         self._observed: dict[Any, Tensor] = {}
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -58,12 +63,10 @@ class RowFinder:
         """
         rows = grad.reshape(prod(node.lead), prod(grad.shape[len(node.lead) :]))
         direction = self._direction(rows.shape[1], rows.device)
-        # What is not finite is refused later, by the name of the scores that it ends in. In parts:
-        # in float64 the gradient of a language model's outputs would be the largest tensor of all.
+        # In parts: in float64 the gradient of a language model's outputs would be the largest
+        # tensor of all.
         parts = rows.split(max(1, _PART // max(1, rows.shape[1])))
-        self._observed[node] = torch.cat(
-            [part.double().nan_to_num_(0, 0, 0) @ direction for part in parts]
-        )
+        self._observed[node] = torch.cat([part.double() @ direction for part in parts])
 
     def _direction(self, size: int, device: torch.device) -> Tensor:
         found = self._directions.get((size, device))
@@ -88,49 +91,33 @@ class RowFinder:
         if len(self._known) > _STRUCTURES:
             self._known.clear()
             self._silent.clear()
+        self._num_batches += 1
         silent = self._silent.setdefault(found.structure, set())
-        unknown: list[tuple[int, Any]] = []
-        moved: list[Any] = []
-        lengths: set[int] = set()  # of samples, in calls whose rows are [B, T]
+        missing = []
         for place, node in enumerate(found.calls):
             node.place, node.rows = (found.structure, place), None
-            if node in found.moved and num_samples > 1:
-                moved.append(node)
-                continue
-            layout = self._trusted(node, num_samples, lengths=None)
-            if layout is None:
-                unknown.append((place, node))
-                continue
-            node.rows = Rows(node.lead, num_samples, layout)
-            if layout == Layout("dim", 0) and len(node.lead) > 1:
-                lengths.add(node.lead[1])
-        missing = moved
-        for place, node in unknown:
-            layout = self._trusted(node, num_samples, lengths)
+            layout = self._trusted(node, found, num_samples)
             if layout is not None:
                 node.rows = Rows(node.lead, num_samples, layout)
-            elif place not in silent:
+            elif node in found.moved or place not in silent or self._known_layout(node):
                 missing.append(node)
-        return missing
+        look_again = num_samples > 1 and self._num_batches in _LOOKED_AT_AGAIN
+        return found.calls if look_again else missing
 
-    def _trusted(self, node: Any, num_samples: int, lengths: set[int] | None) -> Layout | None:
-        """Return the layout seen before if it fits.
+    def _known_layout(self, node: Any) -> Layout | None:
+        structure, place = node.place
+        known = self._known.get(structure, {}).get(place, set())
+        return next(iter(known)) if len(known) == 1 else None
 
-        Flattened rows must number B times a length seen before (windows), or that other calls of
-        this forward have.
-        """
+    def _trusted(self, node: Any, found: Audit, num_samples: int) -> Layout | None:
+        """Return the layout seen before if nothing but the sizes can say otherwise."""
         if num_samples == 1:
             return Layout("one")
-        structure, place = node.place
-        known = self._known.get(structure, {}).get(place, {})
-        if len(known) != 1:
+        layout = self._known_layout(node)
+        if layout is None or node in found.moved or layout not in layouts(node.lead, num_samples):
             return None
-        ((layout, seen),) = known.items()
-        if layout.kind == "dim":
-            return layout if node.lead[layout.dim] == num_samples else None
-        if lengths is None:
-            return None
-        return layout if node.lead[0] in {n * num_samples for n in seen | lengths} else None
+        certain = layout.kind == "dim" or stays_in_order(node, layout, num_samples, found.consumers)
+        return layout if certain else None
 
     def find(
         self, nodes: list[Any], found: Audit, num_samples: int, losses: Tensor, backward: Backward
@@ -151,7 +138,8 @@ class RowFinder:
         number = torch.arange(num_samples, device=device)
         own = int(losses.detach().argmax())  # a sample without labels has no gradient to look at
         generator = torch.Generator().manual_seed(num_samples)
-        scale = (1 + torch.rand(num_samples, generator=generator)).to(device, losses.dtype)
+        # Below 1, so that fp16 holds what it holds in an ordinary backward.
+        scale = (0.5 + torch.rand(num_samples, generator=generator) / 2).to(device, losses.dtype)
         others = self._signatures(backward, torch.where(number == own, 0, scale))
         digits, base = [], 1
         while base < num_samples:
@@ -176,6 +164,7 @@ class RowFinder:
                 samples[node] = _by_halves([(low[node], high[node]) for low, high in halves])
         several, reached = [], []
         for node, of in samples.items():
+            _check_trusted(node, of, num_samples)
             structure, place = node.place
             silent = self._silent.setdefault(structure, set())
             if (of != NO_GRADIENT).any():
@@ -217,8 +206,22 @@ class RowFinder:
         told_apart = len(fitting) == 1 and len(samples[seen].unique()) > 1
         if told_apart and not again:
             structure, place = node.place
-            known = self._known.setdefault(structure, {}).setdefault(place, {})
-            known.setdefault(fitting[0], set()).add(node.lead[0] // num_samples)
+            self._known.setdefault(structure, {}).setdefault(place, set()).add(fitting[0])
+
+
+def _check_trusted(node: Any, samples: Tensor, num_samples: int) -> None:
+    """Raise if the rows that a call has been given are not those that its gradients say."""
+    if node.rows is None or num_samples == 1:
+        return
+    seen = samples != NO_GRADIENT
+    if not torch.equal(node.rows.samples(samples.device)[seen], samples[seen]):
+        names = [operand.names[0] for operand in node.operands if operand is not None]
+        raise ValueError(
+            "a model's rows must belong to the same samples in batches whose graphs are the same; "
+            f"those of {names[0]!r} changed, so that this batch, and perhaps others before it, "
+            "cannot be told apart; nothing of this call was kept; give batches one by one and add "
+            "the results"
+        )
 
 
 def _by_powers(others: Tensor, digits: list[Tensor], own: int, num_samples: int) -> Tensor:
@@ -232,9 +235,12 @@ def _by_powers(others: Tensor, digits: list[Tensor], own: int, num_samples: int)
         exact &= (tagged == others * torch.pow(2.0, exponent)) & (digit >= 0) & (digit < _BASE)
         samples += base * digit.nan_to_num(0, 0, 0).long()
         base *= _BASE
-    samples[~exact | (samples >= num_samples)] = SEVERAL
     silent = others == 0
+    samples[~exact | (samples >= num_samples)] = SEVERAL
     samples[silent] = torch.where(digits[0][silent] != 0, own, NO_GRADIENT)
+    # Powers of two are too large for fp16, say; halves tell.
+    for observed in (others, *digits):
+        samples[~observed.isfinite()] = SEVERAL
     return samples
 
 
@@ -243,7 +249,8 @@ def _by_halves(halves: list[tuple[Tensor, Tensor]]) -> Tensor:
     samples = torch.zeros(len(halves[0][0]), dtype=torch.int64, device=halves[0][0].device)
     several, reached, silent = (torch.zeros_like(samples, dtype=torch.bool) for _ in range(3))
     for bit, (low, high) in enumerate(halves):
-        in_low, in_high = low != 0, high != 0
+        # What is not finite is refused later, by the name of the scores that it ends in.
+        in_low, in_high = (of.nan_to_num(0, 0, 0) != 0 for of in (low, high))
         samples += in_high.long() << bit
         several |= in_low & in_high
         reached |= in_low | in_high

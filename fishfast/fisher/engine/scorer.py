@@ -8,13 +8,13 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.audit import Audit, audit
@@ -29,11 +29,12 @@ from fishfast.fisher.engine.interception import (
 )
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
-from fishfast.fisher.engine.rows import layouts
+from fishfast.fisher.engine.rows import Layout, Rows, layouts
 from fishfast.fisher.engine.rules import BroadcastRule
 from fishfast.fisher.objective import Losses, Objective
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.score_files import WORK
+from fishfast.fisher.untouched import Buffers
 
 __all__ = ["Scorer"]
 
@@ -88,6 +89,7 @@ class Scorer:
         self.parameters, self.scores, self.add = parameters, scores, add
         self.interception = Interception(parameters)
         self.rows = RowFinder()
+        self._buffers, self._ran = Buffers(model), False  # of a batch
         self.fallback: dict[str, str] = {}
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
         self.passes = dict.fromkeys(WORK, 0)
@@ -112,6 +114,7 @@ class Scorer:
             torch.autograd.set_multithreading_enabled(False),
             self.interception,
         ):
+            self._buffers, self._ran = Buffers(self.model), False
             losses, found = self.forward(batch)
             with torch.autocast(device, enabled=False):
                 while several := self._find_rows(losses.probe, found):
@@ -142,13 +145,15 @@ class Scorer:
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         versions = [tensor._version for tensor in tensors]
         while True:
+            if self._ran:  # a model that counts in its buffers counts this batch once
+                self._buffers.put_back()
+            self._ran = True
             self.passes["forward"] += 1
             self.interception.most_rows = 1
             with self._timed("forward"):
                 try:
-                    # A shallow copy: loss_fn may take entries out, and the forward may run again.
-                    given = copy.copy(batch) if isinstance(batch, (dict, list)) else batch
-                    losses = self.objective(self.model, given)
+                    # Containers of its own: loss_fn may take entries out, and may run again.
+                    losses = self.objective(self.model, tree_map(_own_container, batch))
                 except SecondDerivativeError:
                     reason = "loss_fn takes gradients itself"
                     self._leave_to_autograd(
@@ -227,13 +232,27 @@ class Scorer:
             # A call that no gradient had reached before, and whose rows are not known yet.
             if mixed := self._probe(recorder.unresolved, losses, found):
                 raise ValueError(_COUPLED.format(_names(mixed)[0]))
-            if lost := [node for node in recorder.unresolved if node.rows is None]:
-                # Only a gradient that is not finite hides its rows: the sample is found by name.
-                for name in _names(lost):
-                    self.scores[name].fill_(torch.nan)
+            if any(node.rows is None for node in recorder.unresolved):
+                self._add_alone(losses[:counted], left_out, found)
                 return
             recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
             recorder.only = left_out
+
+    def _add_alone(self, losses: Tensor, left_out: set[int], found: Audit) -> None:
+        """Record groups of uses one sample at a time: gradients too small, or not finite, for rows.
+
+        A gradient that is rounding alone is 0 in one backward and not in another.
+        """
+        for node in found.calls:
+            if any(id(group) in left_out for group in found.groups[node]):
+                node.rows = Rows(node.lead, 1, Layout("one"))
+        with self._timed("backward"):
+            for loss in losses:
+                self.passes["backward"] += 1
+                recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
+                recorder.only = left_out
+                self.backward(loss, recorder.observe)
+                recorder.finish()
 
     def backward(
         self, loss: Tensor, observe: Callable[[Any, Any, Tensor], None], keep_graph: bool = True
@@ -286,6 +305,11 @@ class Scorer:
             self.roads[name] = self.roads[name].removesuffix(THROUGH) + THROUGH
         for name, reason in self.fallback.items():
             self.roads[name] = f"{ALONE}: {reason}"
+
+
+def _own_container(value: Any) -> Any:
+    """Copy a mapping that is no dict, such as transformers' BatchEncoding; others are rebuilt."""
+    return copy.copy(value) if isinstance(value, MutableMapping) else value
 
 
 def _names(nodes: list[Any]) -> list[str]:
