@@ -16,7 +16,8 @@ from fishfast.mask import SparseMask
 from fishfast.sparse_adam import AdamW
 from fishfast.sparse_sgd import SGD
 from fishfast.topk_mask import top_k_mask
-from fishfast.train_only import SparseTuning, train_only
+from fishfast.train_only import train_only
+from fishfast.tuning import SparseTuning
 
 __version__ = "0.1.0"
 

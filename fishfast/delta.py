@@ -14,7 +14,7 @@ from fishfast._files import PathLike, read_checked, refuse_damaged, write_atomic
 from fishfast.base_identity import BaseIdentity
 from fishfast.compact import Target, compact_parameters
 from fishfast.mask import SparseMask, shapes_from_json
-from fishfast.train_only import SparseTuning
+from fishfast.tuning import SparseTuning
 
 __all__ = ["Delta", "load_delta", "save_delta"]
 
