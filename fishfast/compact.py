@@ -13,14 +13,22 @@ import copy
 import copyreg
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["VALUES_SUFFIX", "CompactParameter", "Target", "compact_parameters", "tap", "untap"]
+__all__ = [
+    "VALUES_SUFFIX",
+    "CompactParameter",
+    "Target",
+    "compact_parameters",
+    "refuse_retired",
+    "tap",
+    "untap",
+]
 
 VALUES_SUFFIX = "_values"
 
@@ -39,6 +47,7 @@ class Target:
         self.indices = indices.clone(memory_format=torch.contiguous_format)
         module, name = owners[0]
         self.shape = module._parameters[name].shape  # type: ignore[union-attr]
+        self.retired = False  # by another mask: whoever still trains these values is told so
         self._seen: tuple[Tensor, int] | None = None  # the weight and its version at that time
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
 
@@ -47,8 +56,13 @@ class Target:
 
         Raises:
             RuntimeError: a weight that is gone, has another shape now, or is tied and its owners
-                hold different tensors now.
+                hold different tensors now, or values that another mask replaced.
         """
+        if self.retired:
+            raise RuntimeError(
+                "parameters must be those of the model's present mask; got some of before "
+                "tuned.remask; pass it optimizer=, or make a new optimizer from tuned.parameters()"
+            )
         module, name = self.owners[0]
         weight = module._parameters[name]
         if weight is None or weight.shape != self.shape:
@@ -285,17 +299,19 @@ def _rebuild_module(base: Any, names: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def tap(target: Target) -> CompactParameter:
+def tap(target: Target, values: CompactParameter | None = None) -> CompactParameter:
     """Register a compact parameter beside a weight and route the weight's gradient to it.
 
     Args:
         target: the weight's owners and the selected indices.
+        values: the compact parameter of this target; default: a new one of the weight's values.
 
     Returns:
         The compact parameter, on every owner under the weight's name + ``_values``.
     """
-    values = CompactParameter(target.gather().float(), target)
-    target.mark_seen()
+    if values is None:
+        values = CompactParameter(target.gather().float(), target)
+        target.mark_seen()
     for module, name in target.owners:
         tapped = isinstance(module, _TappedModule)
         base: Any = _base_class(module) if tapped else type(module)
@@ -322,3 +338,10 @@ def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter
     for name, parameter in model.named_parameters():
         if isinstance(parameter, CompactParameter):
             yield name, parameter
+
+
+def refuse_retired(parameters: Iterable[Tensor]) -> None:
+    """Refuse values that another mask replaced; without a gradient they would go unnoticed."""
+    for parameter in parameters:
+        if isinstance(parameter, CompactParameter) and parameter.target.retired:
+            parameter.target.weight()  # raises

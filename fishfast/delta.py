@@ -22,15 +22,19 @@ _FORMAT, _VERSION = "fishfast.delta", 1
 _INDICES, _VALUES, _BUFFER = "indices/", "values/", "buffer/"
 
 
-def save_delta(tuned: SparseTuning, path: PathLike) -> None:
+def save_delta(tuned: SparseTuning, path: PathLike) -> int:
     """Save the trained weights: k indices, k absolute values, and buffers that training changed.
 
     A safetensors file, written atomically: a kill at any moment leaves the old file or the new
-    one. It names its base model by the hashes that `train_only` took.
+    one. It names its base model by the hashes that `train_only` took. After `SparseTuning.remask`
+    it holds the union of all masks so far.
 
     Args:
         tuned: the handle that `train_only` returned.
         path: target file; its folder must exist.
+
+    Returns:
+        The number of weights that the delta holds.
 
     Raises:
         TypeError: ``tuned`` is not such a handle.
@@ -46,22 +50,12 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> None:
         ...     ff.save_delta(tuned, os.path.join(folder, "task.safetensors"))
         ...     ff.load_delta(os.path.join(folder, "task.safetensors")).num_selected
         3
+        3
     """
     if not isinstance(tuned, SparseTuning):
         raise TypeError(f"tuned must be what train_only returned; got {type(tuned).__name__}")
-    model, mask = tuned.model, tuned.mask
-    now = BaseIdentity.of(model, mask)
-    if now.structure != tuned.base.structure:
-        raise RuntimeError(
-            "the model's dtypes, shapes or ties changed since train_only, so the delta would fit "
-            "no base; convert the model before train_only"
-        )
-    if now.weights != tuned.base.weights:
-        raise RuntimeError(
-            "weights outside the mask changed since train_only, so the delta would not give this "
-            "model again; put what else is trained into the mask (keep=), or, if another base "
-            "checkpoint was loaded, call tuned.rebase() right after loading it"
-        )
+    model, mask = tuned.model, tuned.trained_mask
+    now = tuned.identify()
     for name, parameter in compact_parameters(model):
         weights = parameter.target.gather()
         _refuse_non_finite(name, parameter, "the trained model")  # NaN would not equal itself
@@ -90,6 +84,7 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> None:
         "base_content": tuned.base.content(changed),
     }
     write_atomically(path, tensors, metadata)
+    return mask.num_selected
 
 
 def load_delta(path: PathLike) -> Delta:

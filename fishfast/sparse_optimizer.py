@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fishfast import _backend
-from fishfast.compact import CompactParameter, Target
+from fishfast.compact import CompactParameter, Target, refuse_retired
 from fishfast.masters import add_masters, parameters_in_order, take_masters
 
 __all__ = ["TARGET_DTYPE", "SparseOptimizer", "Update", "fill_targets"]
@@ -145,6 +145,7 @@ class SparseOptimizer(Optimizer, ABC):
         Raises:
             RuntimeError: a gradient or weight that cannot be updated; nothing was changed.
         """
+        refuse_retired(parameters_in_order(self))
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fishfast.base_identity import BaseIdentity
-from fishfast.compact import VALUES_SUFFIX, Target, compact_parameters, tap, untap
+from fishfast.compact import compact_parameters, tap, untap
 from fishfast.mask import SparseMask
+from fishfast.targets import find_targets
 from fishfast.tuning import SparseTuning
 
 __all__ = ["train_only"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
@@ -57,7 +56,7 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
     if mask.num_selected == 0:
         raise ValueError("mask must select at least one weight; got an empty mask")
     mask.check_fits(model)
-    targets = _targets(model, mask)
+    targets = find_targets(model, mask)
     base = BaseIdentity.of(model, mask)
 
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -72,48 +71,3 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
         parameter.requires_grad_(False)
         parameter.grad = None  # a frozen weight's gradient would only hold memory
     return SparseTuning(model, mask, base, trainable)
-
-
-def _targets(model: nn.Module, mask: SparseMask) -> list[Target]:
-    """Find the owners of every masked weight and check that it can be trained; change nothing."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for own_name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, own_name))
-    parameters = dict(model.named_parameters())
-    targets = []
-    for name, indices in mask.items():
-        if len(indices) == 0:
-            continue
-        weight = parameters[name]
-        _check_weight(name, weight)
-        for module, own_name in owners[id(weight)]:
-            if hasattr(module, own_name + VALUES_SUFFIX):
-                raise ValueError(
-                    f"model must not have an attribute {own_name + VALUES_SUFFIX!r} beside {name!r}"
-                )
-        targets.append(Target(owners[id(weight)], indices.to(weight.device)))
-    return targets
-
-
-def _check_weight(name: str, weight: Tensor) -> None:
-    if weight.dtype not in _DTYPES:
-        raise ValueError(
-            f"masked weights must be float32, bfloat16 or float16; got {weight.dtype} for "
-            f"{name!r}; masters are fp32 and could not hold it"
-        )
-    if weight.is_inference():
-        raise ValueError(
-            f"masked weights must not be made in inference mode; {name!r} was; clone the model"
-        )
-    if weight.device.type == "meta":
-        raise ValueError(f"masked weights must have memory; {name!r} is on the meta device")
-    strides = sorted(
-        (stride, n) for stride, n in zip(weight.stride(), weight.shape, strict=True) if n > 1
-    )
-    for (stride, n), (larger, _) in zip(strides, strides[1:], strict=False):
-        if stride * n > larger:
-            raise ValueError(f"masked weights must not overlap in memory; {name!r} does")
-    if strides and strides[0][0] == 0:
-        raise ValueError(f"masked weights must not be expanded; {name!r} has stride 0")

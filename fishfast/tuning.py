@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 from tabulate import tabulate
 from torch import nn
@@ -10,9 +11,17 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fishfast.base_identity import BaseIdentity
-from fishfast.compact import VALUES_SUFFIX, CompactParameter, compact_parameters, untap
+from fishfast.compact import (
+    VALUES_SUFFIX,
+    CompactParameter,
+    compact_parameters,
+    refuse_retired,
+    tap,
+    untap,
+)
 from fishfast.mask import SparseMask
 from fishfast.masters import add_masters, parameters_in_order, take_masters
+from fishfast.targets import selected_values
 
 __all__ = ["Attachment", "SparseTuning"]
 
@@ -34,7 +43,8 @@ class SparseTuning:
 
     Attributes:
         model: the model, changed in place; it runs the forward as before.
-        mask: the mask.
+        mask: the present mask.
+        trained_mask: the union of all masks so far: what a delta holds.
         base: the hashes of the model before training.
     """
 
@@ -42,6 +52,9 @@ class SparseTuning:
         self, model: nn.Module, mask: SparseMask, base: BaseIdentity, trainable: dict[str, bool]
     ) -> None:
         self.model, self.mask, self.base = model, mask, base
+        self.trained_mask = mask
+        # On the CPU, in the weights' dtype: what remask(on_leave="restore") puts back.
+        self.base_values = selected_values(model, mask)
         self._trainable = trainable  # requires_grad of every parameter before train_only
 
     def named_parameters(self) -> Iterator[tuple[str, CompactParameter]]:
@@ -55,7 +68,7 @@ class SparseTuning:
 
     @property
     def num_selected(self) -> int:
-        """Number of trained weights, k."""
+        """Number of weights that train now, k."""
         return self.mask.num_selected
 
     def __repr__(self) -> str:
@@ -67,10 +80,16 @@ class SparseTuning:
             (name.removesuffix(VALUES_SUFFIX), str(p.target.weight().dtype), f"{len(p):,}", "tap")
             for name, p in self.named_parameters()
         ]
-        return tabulate(
+        table = tabulate(
             rows, headers=("parameter", "dtype", "trained", "road"), disable_numparse=True,
             colalign=("left", "left", "right", "left"),
         )  # fmt: skip
+        if self.trained_mask == self.mask:
+            return table
+        return (
+            f"{table}\n{self.num_selected:,} weights train now; a delta holds "
+            f"{self.trained_mask.num_selected:,}, the union of all masks so far"
+        )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many weights train and how many the base model has, as PEFT's method does.
@@ -134,9 +153,12 @@ class SparseTuning:
                 "optimizer must update once per step; got LBFGS, which evaluates the model several "
                 "times before its values reach the weights"
             )
-        own = {id(parameter) for parameter in self.parameters()}
+        mask, own = self.mask, {id(parameter) for parameter in self.parameters()}
 
         def held() -> list[CompactParameter]:
+            nonlocal mask, own
+            if mask is not self.mask:
+                mask, own = self.mask, {id(parameter) for parameter in self.parameters()}
             return [p for p in parameters_in_order(optimizer) if id(p) in own]  # type: ignore[misc]
 
         if not held():
@@ -146,6 +168,7 @@ class SparseTuning:
             )
 
         def follow(*_: object) -> None:
+            refuse_retired(parameters_in_order(optimizer))
             for parameter in held():
                 parameter.follow_()
 
@@ -161,12 +184,109 @@ class SparseTuning:
             optimizer.register_load_state_dict_post_hook(take_masters),
         )
 
+    def remask(
+        self,
+        mask: SparseMask,
+        on_leave: str = "keep",
+        *,
+        optimizer: Optimizer | None = None,
+        param_group: Callable[[str], int] | None = None,
+    ) -> None:
+        """Train another mask from here on.
+
+        Weights in both masks keep their fp32 masters and, in the optimizer, their moments; new ones
+        start from their present values with zero moments. The compact parameters are new objects
+        and gradients are dropped, so call it between steps, and wrap the model in
+        DistributedDataParallel again. An optimizer that was not passed refuses to step, be it
+        fishfast's or an attached one.
+
+        To resume such a run: the base, `train_only` and `remask` with the same masks in turn, then
+        the model's state dict, then the optimizer's.
+
+        Args:
+            mask: the new mask, such as from new scores: ``with tuned.released() as model``.
+            on_leave: what becomes of weights that leave: ``"keep"`` their trained values, or
+                ``"restore"`` those of the base model.
+            optimizer: goes on with the new parameters, in the order of ``model.parameters()``.
+                Default: none; make a new one.
+            param_group: weight name -> index of the param group for a tensor that had no trained
+                weight; needed when several groups hold compact parameters.
+
+        Raises:
+            TypeError: no mask, or no torch optimizer.
+            ValueError: a mask that selects nothing or does not fit, an unknown ``on_leave``, an
+                optimizer without these parameters or with state of another shape than theirs,
+                a param group that is needed or out of range. Nothing was changed.
+            RuntimeError: the model is released, weights outside the masks changed, or trained
+                values were not written into the weights. Nothing was changed.
+
+        Note:
+            A mask with weights that no mask had before costs two hashes of the model (about 1 GB/s
+            a core), so that deltas still name the base.
+
+        Example:
+            >>> import torch, fishfast as ff
+            >>> model = torch.nn.Linear(8, 2)
+            >>> tuned = ff.train_only(model, ff.random_mask(model, k=3, seed=0))
+            >>> optimizer = ff.AdamW(tuned.parameters())
+            >>> with tuned.released() as plain:
+            ...     mask = ff.random_mask(plain, k=3, seed=1)
+            >>> tuned.remask(mask, on_leave="restore", optimizer=optimizer)
+            >>> tuned.num_selected, tuned.trained_mask.num_selected
+            (3, 6)
+        """
+        from fishfast.remask import remask  # which needs this class
+
+        remask(self, mask, on_leave, optimizer, param_group)
+
+    def identify(self) -> BaseIdentity:
+        """Hash the model as it is now.
+
+        Returns:
+            The hashes, without what a delta replaces.
+
+        Raises:
+            RuntimeError: names, shapes, dtypes or ties, or weights outside all masks so far, are
+                not those of the base.
+        """
+        now = BaseIdentity.of(self.model, self.trained_mask)
+        if now.structure != self.base.structure:
+            raise RuntimeError(
+                "the model's dtypes, shapes or ties changed since train_only, so the delta would "
+                "fit no base; convert the model before train_only"
+            )
+        if now.weights != self.base.weights:
+            raise RuntimeError(
+                "weights outside the mask changed since train_only, so the delta would not give "
+                "this model again; put what else is trained into the mask (keep=), or, if another "
+                "base checkpoint was loaded, call tuned.rebase() right after loading it"
+            )
+        return now
+
     def rebase(self) -> None:
         """Take the model's present state as the base that deltas name.
 
         Call it after loading another base checkpoint into a tuned model, before training goes on.
         """
         self.base = BaseIdentity.of(self.model, self.mask)
+        self.trained_mask, self.base_values = self.mask, selected_values(self.model, self.mask)
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[nn.Module]:
+        """Lend the plain module, such as to score it for `remask`; it is tuned again after.
+
+        Yields:
+            The model with its trained weights in place and requires_grad as before `train_only`.
+        """
+        held = list(self.parameters())
+        flags = {p: p.requires_grad for p in self.model.parameters() if p not in set(held)}
+        try:
+            yield self.release()
+        finally:
+            for parameter in held:
+                tap(parameter.target, parameter)
+            for weight, flag in flags.items():
+                weight.requires_grad_(flag)
 
     def release(self) -> nn.Module:
         """Give the plain module back: trained weights in place, requires_grad as it was."""
