@@ -10,7 +10,9 @@ save_delta(tuned, "task.safetensors")
 
 from fishfast._backend import build_info
 from fishfast.baseline_masks import bias_mask, magnitude_scores, random_mask
+from fishfast.config import FishConfig
 from fishfast.delta import Delta, load_delta, save_delta
+from fishfast.fish_model import FishTuning, from_pretrained, get_fish_model
 from fishfast.fisher import Fisher, estimate_fisher
 from fishfast.mask import SparseMask
 from fishfast.sparse_adam import AdamW
@@ -25,12 +27,16 @@ __all__ = [
     "SGD",
     "AdamW",
     "Delta",
+    "FishConfig",
+    "FishTuning",
     "Fisher",
     "SparseMask",
     "SparseTuning",
     "bias_mask",
     "build_info",
     "estimate_fisher",
+    "from_pretrained",
+    "get_fish_model",
     "load_delta",
     "magnitude_scores",
     "random_mask",

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "read_checked",
     "refuse_damaged",
     "write_atomically",
+    "write_text_atomically",
 ]
 
 PathLike = str | os.PathLike[str]
@@ -45,18 +46,37 @@ def write_atomically(
         FileNotFoundError: the folder does not exist.
         ValueError: the target exists and is no regular file.
     """
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    described = {**metadata, "sha256": _sha256(ready)}
+    _replace(path, lambda temporary: save_file(ready, temporary, described))
+
+
+def write_text_atomically(path: PathLike, text: str) -> None:
+    """Write a UTF-8 text file as `write_atomically` writes tensors.
+
+    Args:
+        path: target; its folder must exist.
+        text: the contents.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the target exists and is no regular file.
+    """
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: PathLike, write: Callable[[Path], object]) -> None:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
     if target.exists() and not target.is_file():
         raise ValueError(f"{os.fspath(path)!r} must be a regular file or not exist")
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
     try:
         # Created here to learn the mode that the umask gives; the library's own is 0600.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
-        save_file(ready, temporary, {**metadata, "sha256": _sha256(ready)})
+        write(temporary)
         os.chmod(temporary, mode)
         _fsync(temporary, os.O_RDWR)
         os.replace(temporary, target)

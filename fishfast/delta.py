@@ -197,7 +197,7 @@ class Delta:
             raise RuntimeError("this delta is on the model already; call revert_ first")
         targets, buffers = self._places(model)
         if check_base:
-            self._check_base(model)
+            self.refuse_other_base(BaseIdentity.of(model, self.mask))
         values = {name: self.values[name].to(t.indices.device) for name, t in targets.items()}
         states = {name: self.buffers[name].to(buffer.device) for name, buffer in buffers.items()}
         self._overwritten[model] = (
@@ -231,6 +231,26 @@ class Delta:
         _write(model, targets, old_values, buffers, old_buffers)
         return model
 
+    def refuse_other_base(self, found: BaseIdentity) -> None:
+        """Refuse a model that is not the base of this delta.
+
+        Args:
+            found: its hashes, taken with this delta's mask.
+
+        Raises:
+            ValueError: names, shapes, dtypes, ties, weights or buffers differ.
+        """
+        for what, expected, got in (
+            ("names, shapes, dtypes or ties", self.base_structure, found.structure),
+            ("weights or buffers", self.base_content, found.content(self.buffers)),
+        ):
+            if expected != got:
+                raise ValueError(
+                    f"the delta was trained from another base model: its {what} differ (base "
+                    f"{expected[:12]}, this model {got[:12]}); load the base that it was trained "
+                    "from, revert what was put on it, or pass check_base=False"
+                )
+
     def _places(self, model: nn.Module) -> tuple[dict[str, Target], dict[str, Tensor]]:
         """Where everything goes; refuses a model that it does not fit."""
         self.mask.check_fits(model)
@@ -250,19 +270,6 @@ class Delta:
                     "does not have in this shape and dtype"
                 )
         return targets, {name: present[name] for name in self.buffers}
-
-    def _check_base(self, model: nn.Module) -> None:
-        found = BaseIdentity.of(model, self.mask)
-        for what, expected, got in (
-            ("names, shapes, dtypes or ties", self.base_structure, found.structure),
-            ("weights or buffers", self.base_content, found.content(self.buffers)),
-        ):
-            if expected != got:
-                raise ValueError(
-                    f"the delta was trained from another base model: its {what} differ (base "
-                    f"{expected[:12]}, this model {got[:12]}); load the base that it was trained "
-                    "from, revert what was put on it, or pass check_base=False"
-                )
 
 
 def _targets(model: nn.Module, mask: SparseMask) -> dict[str, Target]:

@@ -281,7 +281,7 @@ class SparseTuning:
         held = list(self.parameters())
         flags = {p: p.requires_grad for p in self.model.parameters() if p not in set(held)}
         try:
-            yield self.release()
+            yield SparseTuning.release(self)  # not what a subclass adds
         finally:
             for parameter in held:
                 tap(parameter.target, parameter)
