@@ -205,3 +205,33 @@ def test_best_model_is_loaded_and_trains_on() -> None:
     ff.SGD(tuned.parameters(), lr=0.1).step()  # the masters of the last step are gone
     assert_same(state_of(tuned.model), state_of(loaded))
     assert_same(outside(tuned, state_of(tuned.model)), outside(tuned, before))
+
+
+def test_remask_in_a_callback() -> None:
+    """The Trainer makes two param groups; tensors new to the mask must be sent to one of them."""
+    plain, _ = tiny_transformer("bert")
+    first, second = (ff.random_mask(plain, density=0.3, seed=seed) for seed in (1, 2))
+    tuned = ff.train_only(plain, first)
+    before = state_of(tuned.model)
+
+    class Remask(tf.TrainerCallback):
+        def on_step_end(self, arguments: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.global_step == 20:
+                tuned.remask(second, optimizer=given["optimizer"], param_group=lambda name: 0)
+
+    trainer = trainer_of(tuned.model, examples(), max_steps=50, lr_scheduler_type="constant")
+    trainer.add_callback(Remask())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[16:21])
+    assert tuned.mask == second
+    trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in tuned.parameters()}
+    for name, parameter in tuned.model.named_parameters():
+        if name in second:
+            changed = (parameter.detach() != before[name]).flatten().nonzero().flatten().tolist()
+            assert set(changed) <= {*first[name].tolist(), *second[name].tolist()}, name
+    ff.save_delta(tuned, "task.safetensors")
+    base, _ = tiny_transformer("bert")
+    ff.load_delta("task.safetensors").apply_(base)
+    assert_same(state_of(base), state_of(tuned.model))
