@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -114,30 +115,43 @@ class Batches:
         return iter(self._held) if self._held is not None else self._read()
 
     def _read(self) -> Iterator[Batch]:
+        # One buffer for all copies: with a new one each time, the indices that are kept would end
+        # up between those that were freed, and memory would grow to the size of the scores.
+        buffer = torch.empty(0)
         pieces: list[tuple[int, int, Tensor]] = []
         copied = 0
         for tensor, scores in enumerate(self._scores):
-            start = 0
-            for piece in _flat_pieces(scores):
-                pieces.append((tensor, start, piece))
-                start += len(piece)
-                if isinstance(scores, StoredScore) or not scores.is_contiguous():
-                    copied += len(piece)
-                if copied >= _COPIED_ELEMENTS:
+            if isinstance(scores, Tensor) and scores.is_contiguous():
+                pieces.append((tensor, 0, scores.view(-1)))
+                continue
+            if not len(buffer):
+                buffer = torch.empty(_COPIED_ELEMENTS, device=scores.device)
+            for start, stop, copy_to in _copies(scores):
+                if copied + stop - start > _COPIED_ELEMENTS:
                     yield Batch(pieces, self.names, self.sizes, self._passes)
                     pieces, copied = [], 0
+                room = buffer[copied : copied + stop - start]
+                piece = room.view(scores.dtype)[: len(room)]
+                copy_to(piece)
+                pieces.append((tensor, start, piece))
+                copied += len(piece)
         if pieces:
             yield Batch(pieces, self.names, self.sizes, self._passes)
 
 
-def _flat_pieces(scores: Scores) -> Iterator[Tensor]:
-    """Yield row-major pieces: the tensor itself where it is contiguous, else copies."""
+def _copies(
+    scores: Scores, first: int = 0
+) -> Iterator[tuple[int, int, Callable[[Tensor], object]]]:
+    """Yield flat ranges of bounded size, in order, and how each is copied to a flat tensor."""
+    numel = scores.numel()
     if isinstance(scores, StoredScore):
-        for start in range(0, scores.numel(), _COPIED_ELEMENTS):
-            yield scores.read(start, min(start + _COPIED_ELEMENTS, scores.numel()))
-    elif scores.is_contiguous() or scores.numel() <= _COPIED_ELEMENTS:
-        yield scores.reshape(-1)
+        for start in range(0, numel, _COPIED_ELEMENTS):
+            stop = min(start + _COPIED_ELEMENTS, numel)
+            yield start, stop, functools.partial(scores.read_into, start=start)
+    elif numel <= _COPIED_ELEMENTS:
+        yield first, first + numel, lambda flat: flat.view(scores.shape).copy_(scores)
     else:
-        rows = _COPIED_ELEMENTS // max(1, scores[0].numel())
+        rows = _COPIED_ELEMENTS // scores[0].numel()
         for part in scores.split(max(1, rows)):
-            yield from _flat_pieces(part if rows else part[0])
+            yield from _copies(part if rows else part[0], first)
+            first += part.numel()

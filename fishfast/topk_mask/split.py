@@ -80,7 +80,7 @@ def split_mask(
     if not each:
         return [SparseMask(kept, plan.shapes, zeros_kept) for _ in range(num_workers)]
     batches = plan.batches(plan.eligible)
-    best, _, _ = select(batches, num_workers * each, Alone())
+    best, _ = select(batches, num_workers * each, Alone())
     bits = _bits_at(batches, best)
     # In the order of (tensor, index) before, so that a stable sort leaves ties in it.
     order = bits.sort(descending=True, stable=True).indices

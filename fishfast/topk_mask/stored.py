@@ -39,30 +39,25 @@ class StoredScore:
         """Return the number of scores."""
         return math.prod(self.shape)
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Read scores from the file.
+    def read_into(self, flat: Tensor, start: int) -> None:
+        """Read consecutive scores from the file.
 
         Args:
-            start: first flat index.
-            stop: one past the last flat index.
-
-        Returns:
-            [stop - start] scores, in memory of their own.
+            flat: where to; contiguous, of this dtype, on the CPU.
+            start: flat index of the first one.
 
         Raises:
             ValueError: the file has become shorter since it was opened.
         """
-        found = torch.empty(stop - start, dtype=self.dtype)
-        buffer = found.view(torch.uint8).numpy().data
+        buffer = flat.view(torch.uint8).numpy().data
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._offset + start * found.element_size())
+            file.seek(self._offset + start * flat.element_size())
             filled = 0
-            while filled < len(buffer):  # Linux reads at most 2 GiB at once
+            while filled < len(buffer):  # a read may stop early
                 got = file.readinto(buffer[filled:])
                 if not got:
                     raise ValueError(f"{self.path!r} has become shorter since it was opened")
                 filled += got
-        return found
 
 
 class ScoreFile(Mapping[str, StoredScore]):
