@@ -116,7 +116,8 @@ def test_many_scores_and_threads_give_the_same_masks():
         ({"num_workers": 4, "k": 4}, ValueError,
          r"num_workers x \(k - kept\) must not exceed .* 9; got 4 x \(4 - 1\); lower density"),
         ({"num_workers": 2, "k": 1, "keep": ["a"]}, ValueError, "k must cover the kept part"),
-        ({"num_workers": 2, "density": 2, "k": None}, ValueError, r"density must be in \(0, 1\]; got 2"),
+        ({"num_workers": 2, "density": 2, "k": None}, ValueError,
+         r"density must be in \(0, 1\]; got 2"),
         ({"num_workers": 2, "k": 2, "backend": "gpu"}, ValueError, "backend must be 'auto' or one"),
     ],
 )  # fmt: skip

@@ -61,11 +61,11 @@ class Ranks:
             raise error
         raise_failure(said)
         for rank, other in enumerate(said):
-            for what, value in said[0].items():
-                if other[what] != value:
+            for what in mine:
+                if other[what] != said[0][what]:
                     raise ValueError(
                         "every process must select from the same parameters by the same rules; "
-                        + _difference(what, value, other[what], rank)
+                        + _difference(what, said[0][what], other[what], rank)
                     )
         return result  # type: ignore[return-value]
 
