@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,17 +44,17 @@ class Plan:
     passes: type[Passes]
     uncounted: frozenset[str] = frozenset()
 
-    @property
+    @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape."""
         return {name: tuple(score.shape) for name, score in self.scores.items()}
 
-    @property
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         """Name -> number of scores."""
         return {name: score.numel() for name, score in self.scores.items()}
 
-    @property
+    @functools.cached_property
     def counted_sizes(self) -> dict[str, int]:
         """Name -> number of scores that this process counts."""
         return {n: 0 if n in self.uncounted else size for n, size in self.sizes.items()}
@@ -77,9 +78,10 @@ class Plan:
 
     def check_aside(self, compared: Iterable[str]) -> int:
         """Refuse bad scores among those not compared; return how many kept scores are 0."""
-        aside = [name for name in self.scores if name not in set(compared)]
+        compared, kept = set(compared), set(self.kept)
+        aside = [name for name in self.scores if name not in compared]
         zeros = zeros_of(self.batches(aside))
-        return sum(number for name, number in zip(aside, zeros, strict=True) if name in self.kept)
+        return sum(number for name, number in zip(aside, zeros, strict=True) if name in kept)
 
 
 def make_plan(
