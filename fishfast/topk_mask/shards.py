@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 __all__ = ["describe", "local_scores", "refuse_group"]
 
@@ -30,7 +30,7 @@ def local_scores(
         return scores, []  # check_scores says so
     local, replicated = {}, []
     for name, score in scores.items():
-        if is_dtensor(score):
+        if _is_dtensor(score):
             if _is_replicated(name, score, process_group):
                 replicated.append(name)
             score = score.to_local()
@@ -44,9 +44,10 @@ def local_scores(
     return local, replicated
 
 
-def is_dtensor(score: Any) -> bool:
-    """Tell whether scores are a DTensor, without an import that many builds cannot do."""
-    return isinstance(score, Tensor) and type(score).__name__ == "DTensor"
+def _is_dtensor(score: Any) -> bool:
+    """Where there is a DTensor its module has been imported, which takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(score, module.DTensor)
 
 
 def _is_replicated(name: str, score: Any, process_group: dist.ProcessGroup) -> bool:
@@ -88,7 +89,7 @@ def refuse_group(scores: Any, process_group: Any) -> None:
     """Refuse what is no group that this process is in, and DTensors without one."""
     if process_group is None:
         for name, score in scores.items() if isinstance(scores, Mapping) else ():
-            if is_dtensor(score):
+            if _is_dtensor(score):
                 raise ValueError(
                     f"process_group must be given for DTensor scores; {name!r} is one; pass "
                     "mesh.get_group()"
