@@ -97,42 +97,43 @@ struct ScoreTensor {
   Storage storage;
 };
 
-// The k largest scores of all tensors together; ties go to the lowest (tensor, index).
-class TopkSelection {
+struct BadScore {  // first score that is NaN or negative; (-1, -1) if there is none
+  int64_t tensor, index;
+};
+
+// The passes of a selection over a list of tensors; each call reads the scores once.
+class TopkPasses {
  public:
-  // Reads the scores (1 <= k <= number of scores) and finds the threshold.
-  TopkSelection(std::vector<ScoreTensor> tensors, int64_t k, int num_threads);
+  TopkPasses(std::vector<ScoreTensor> tensors, int num_threads);
 
-  // First score that is NaN or negative: (tensor, index), or (-1, -1). With one, nothing is
-  // selected.
-  int64_t bad_tensor() const { return bad_tensor_; }
-  int64_t bad_index() const { return bad_index_; }
+  // Takes the scores whose bits above the digit equal prefix, and adds to counts how many have
+  // each value of the digit: bits shift to shift + num_bits - 1 of the 31-bit magnitude. The
+  // topmost digit (shift + num_bits == 31, prefix 0) also looks for bad scores; with one, counts
+  // is left as it was.
+  BadScore histogram(int shift, int num_bits, uint32_t prefix, int64_t* counts) const;
 
-  const std::vector<int64_t>& num_selected() const { return num_selected_; }  // per tensor
-  int64_t num_zero_score() const { return num_zero_score_; }  // selected although the score is 0
+  // Counts the scores above the threshold, a bit pattern, and those equal to it.
+  void count(uint32_t threshold);
+  std::vector<int64_t> greater() const { return per_tensor(&Chunk::greater); }  // [tensors]
+  std::vector<int64_t> equal() const { return per_tensor(&Chunk::equal); }      // [tensors]
 
-  // Writes the ascending indices of every tensor; outputs[i] has num_selected()[i] elements, int64
-  // where wide[i] and int32 elsewhere.
-  void emit(const std::vector<void*>& outputs, const std::vector<bool>& wide) const;
+  // After count: writes, ascending, the indices of the greater scores of every tensor and of its
+  // first ties[i] equal ones; outputs[i] has room for them, int64 where wide[i], int32 elsewhere.
+  void emit(const std::vector<int64_t>& ties, const std::vector<void*>& outputs,
+            const std::vector<bool>& wide) const;
 
  private:
   struct Chunk {
-    int64_t tensor, start, length;
-    int64_t first_output = 0;  // position of the chunk's first entry in its tensor's output
-    int64_t ties = 0;          // how many of its scores equal to the threshold are taken
+    int64_t tensor, start;
+    int32_t length;
+    int32_t greater = 0, equal = 0;
   };
-  void cut_into_chunks();
-  bool find_threshold(int64_t k);
-  void count_per_chunk();
+  std::vector<int64_t> per_tensor(int32_t Chunk::* count) const;
 
   std::vector<ScoreTensor> tensors_;
   std::vector<Chunk> chunks_;
-  std::vector<int64_t> num_selected_;
   int num_threads_;
-  uint32_t threshold_ = 0;  // bit pattern of the k-th largest score
-  int64_t num_ties_ = 0;    // how many scores equal to it are taken
-  int64_t num_zero_score_ = 0;
-  int64_t bad_tensor_ = -1, bad_index_ = -1;
+  uint32_t threshold_ = 0;
 };
 
 }  // namespace fishfast

@@ -149,10 +149,12 @@ def test_backends_agree():
     assert masks[0] == masks[1]
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("make", [VALUES[0], VALUES[1], VALUES[4]])
-def test_a_smaller_budget_selects_a_subset(make):
-    scores = named([5000, 300, 0, 40_000], make)
-    wide, narrow = (ff.top_k_mask(scores, density=d) for d in (0.02, 0.005))
+def test_a_smaller_budget_selects_a_subset(make, scope):
+    scores = named([5000, 300, 0, 40_000, 77], make)
+    rules = {"scope": scope, "keep": "t4"}
+    wide, narrow = (ff.top_k_mask(scores, density=d, **rules) for d in (0.02, 0.005))
     assert narrow.num_selected == 226
     for name in scores:
         assert set(narrow[name].tolist()) <= set(wide[name].tolist())
@@ -228,10 +230,21 @@ def test_layer_scope_gives_every_tensor_its_share(backend):
     assert mask["c"].tolist() == []
 
 
-def test_layer_scope_hands_the_largest_remainders_what_is_left():
+def test_layer_scope_rounds_shares_to_the_nearest():
     sizes = {"a": 10, "b": 25, "c": 65}  # of 11: 1.1, 2.75, 7.15
     mask = ff.top_k_mask({name: torch.rand(n) for name, n in sizes.items()}, k=11, scope="layer")
     assert [len(found) for found in mask.values()] == [1, 3, 7]
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [6, 6, 2], [0, 5, 90, 3, 0, 12], [43, 1, 2, 3, 4]])
+def test_layer_shares_are_the_highest_claims(sizes):
+    """By 6, 6 and 2, largest remainders give 10 and 11 the shares 4, 4, 2 and 5, 5, 1."""
+    claims = sorted((Fraction(-n, 2 * s + 1), i) for i, n in enumerate(sizes) for s in range(n))
+    scores = {f"t{i}": torch.rand(n) for i, n in enumerate(sizes)}
+    for k in range(1, sum(sizes) + 1):
+        mask = ff.top_k_mask(scores, k=k, scope="layer", backend="torch")
+        met = [i for _, i in claims[:k]]
+        assert [len(found) for found in mask.values()] == [met.count(i) for i in range(len(sizes))]
 
 
 def test_layer_scope_shares_what_keep_leaves():
