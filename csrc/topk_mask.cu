@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kCompactThreads) collect(Work work, int shift)
   compact(source, state.threshold, ~Count(0), &state.next_collect, work.collect_sums, write);
 }
 
-template <class Source, class Index>
-__global__ void __launch_bounds__(kCompactThreads) emit(Work work, Index* indices) {
+template <class Source>
+__global__ void __launch_bounds__(kCompactThreads) emit(Work work, void* indices, bool wide) {
   State& state = *work.state;
   if (state.remaining != Source::kWhen) return;  // the whole grid
   const Source source(work);
@@ -101,7 +101,11 @@ __global__ void __launch_bounds__(kCompactThreads) emit(Work work, Index* indice
                          int64_t place) {
     for (int i = int(threadIdx.x); i < kept; i += kCompactThreads) {
       const Place own = source.locate(tile, offsets[i]);
-      indices[place + i] = Index(own.index);
+      if (wide) {
+        static_cast<int64_t*>(indices)[place + i] = own.index;
+      } else {
+        static_cast<int32_t*>(indices)[place + i] = int32_t(own.index);
+      }
       // A tensor's number of selected scores: where its runs end minus where they begin.
       if (i > 0 && source.locate(tile, offsets[i - 1]).tensor != own.tensor) {
         atomicAdd(&work.num_selected[own.tensor], Count(0) - Count(i));
@@ -180,10 +184,9 @@ class Launcher {
     }
   }
 
-  template <class Index>
   void emit_indices() {
-    launch_emit<StreamSource, Index>();
-    launch_emit<ScoreSource, Index>();
+    launch_emit<StreamSource>();
+    launch_emit<ScoreSource>();
   }
 
  private:
@@ -203,10 +206,10 @@ class Launcher {
               size_t(bytes), stream_, work_, digit_number, digit);
   }
 
-  template <class Source, class Index>
+  template <class Source>
   void launch_emit() {
-    FF_LAUNCH((emit<Source, Index>), grid(emit<Source, Index>, kCompactThreads, 0),
-              dim3(kCompactThreads), 0, stream_, work_, static_cast<Index*>(params_.indices));
+    FF_LAUNCH(emit<Source>, grid(emit<Source>, kCompactThreads, 0), dim3(kCompactThreads), 0,
+              stream_, work_, params_.indices, params_.wide_indices != 0);
   }
 
   const TopkParams& params_;
@@ -225,11 +228,7 @@ void topk_mask_cuda(const TopkParams& params, void* stream) {
   check_status(cudaMemsetAsync(params.workspace, 0, size_t(layout.zero_bytes), cuda_stream));
   topk::Launcher launcher(params, layout.work, cuda_stream);
   launcher.find_threshold();
-  if (params.wide_indices) {
-    launcher.emit_indices<int64_t>();
-  } else {
-    launcher.emit_indices<int32_t>();
-  }
+  launcher.emit_indices();
 }
 
 }  // namespace fishfast

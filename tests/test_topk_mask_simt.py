@@ -110,8 +110,8 @@ def test_every_k(use: Use):
 
 def test_many_tiny_and_empty_tensors(use: Use):
     use(stream_capacity=1000)
-    scores = named([1, 3, 0, 4, 0] * 600, lambda n: torch.randint(0, 50, (n,)).float())
-    for k in (1, 300, 2400, 4800):
+    scores = named([1, 3, 0, 4, 0] * 200, lambda n: torch.randint(0, 50, (n,)).float())
+    for k in (1, 300, 1600):
         check(scores, k)
 
 
@@ -185,30 +185,32 @@ def test_two_hundred_schedules(use: Use, topk_library: SimtLibrary):
 # ---- sanitizers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["asan", "tsan"])
-def test_kernels_are_clean_under_sanitizers(mode: str, tmp_path: Path):
+@pytest.mark.parametrize(("mode", "num_seeds"), [("asan", 8), ("tsan", 24)])
+def test_kernels_are_clean_under_sanitizers(mode: str, num_seeds: int, tmp_path: Path):
     """Out-of-bounds accesses, misalignment, overflow (asan) and races (tsan) would end the run."""
     library = build(SOURCES, tmp_path / f"{mode}.so", mode=mode)
-    command, environment = command_and_environment(mode, [__file__, str(library)])
+    command, environment = command_and_environment(mode, [__file__, str(library), str(num_seeds)])
     environment["PYTHONPATH"] = f"{HERE.parent}:{HERE.parents[1]}"
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "clean" in result.stdout
 
 
-def _under_sanitizer(path: str) -> None:
-    """24 seeds; scores in arrays of numpy, whose malloc has the sanitizer's red zones."""
+def _under_sanitizer(path: str, num_seeds: int) -> None:
+    """Scores lie in arrays of numpy, whose malloc has the sanitizer's red zones."""
     library = SimtLibrary(path)
     ways = list(WAYS.values())
-    for seed in range(24):
+    for seed in range(num_seeds):
         with pytest.MonkeyPatch.context() as patch:
             install(patch, SimulatedTopk(library, 48, max_blocks=2, **ways[seed % 4]))
             library.schedule(seed=seed, resident_blocks=1 + seed % 3, reverse=seed % 2 == 1)
             scores = _mixed(seed)
-            scores["fp32"] = torch.from_numpy(scores["fp32"].numpy().copy())
-            check(scores, (1, 230, 560)[seed % 3])
+            arrays = {
+                name: torch.from_numpy(scores[name].numpy().copy()) for name in ("fp32", "fp16")
+            }
+            check(scores | arrays, (1, 230, 560)[seed % 3])
     print("clean")
 
 
 if __name__ == "__main__":
-    _under_sanitizer(sys.argv[1])
+    _under_sanitizer(sys.argv[1], int(sys.argv[2]))
