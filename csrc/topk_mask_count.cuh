@@ -61,8 +61,8 @@ __device__ void count_tile(const Source& source, int64_t t, Digit digit, uint32_
   if (zeros > 0) histogram.add(0, zeros);
 }
 
-// One block per multiprocessor is enough for the stream; the scores want two, in 32 registers, which
-// is what the compiler chooses by itself.
+// One block per multiprocessor is enough for the stream; the scores want two, in 32 registers,
+// which is what the compiler chooses by itself.
 template <class Source>
 __global__ void __launch_bounds__(kCountThreads, Source::kWhen == kStream ? 1 : 0)
     count(Work work, int digit_number, Digit digit) {

@@ -117,7 +117,7 @@ def test_more_than_2_to_the_32_scores():
     del mask
     scores["big"][: 2**32] = 0
     mask = ff.top_k_mask(scores, k=12_345 + TILE + 1 + 3, backend="cuda")
-    # 3 twos (one of them past 2^32), the ones, and then zeros from the first tensor on.
+    # All that is not zero, and then zeros from the first tensor on.
     assert mask["first"].tolist() == [0, 1, 2]
     assert torch.equal(mask["big"], torch.arange(2**32, n, device="cuda"))
     assert mask["last"].numel() == TILE + 1
