@@ -22,6 +22,7 @@
 namespace fishfast {
 namespace topk {
 
+// Cuts the tensors into tiles, on the card: a model of 1e9 weights has 120,000, one thread each.
 __global__ void make_tiles(Work work) {
   const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (t >= work.num_tiles) return;
@@ -38,6 +39,8 @@ __global__ void make_tiles(Work work) {
                    row.scores.storage};
 }
 
+// Finds the bin of the k-th largest, counting bins from the highest down in one block, and decides
+// what is read next. Tells of the first bad score, after which nothing is read.
 __global__ void __launch_bounds__(kCountThreads)
     choose(Work work, int digit_number, Digit digit, bool last) {
   State& state = *work.state;
@@ -73,6 +76,7 @@ __global__ void __launch_bounds__(kCountThreads)
   }
 }
 
+// The second read: what may still be selected goes to the stream, in order.
 __global__ void __launch_bounds__(kCompactThreads) collect(Work work, int shift) {
   State& state = *work.state;
   if (state.remaining != kStream) return;  // the whole grid
@@ -92,6 +96,7 @@ __global__ void __launch_bounds__(kCompactThreads) collect(Work work, int shift)
   compact(source, state.threshold, ~Count(0), &state.next_collect, work.collect_sums, write);
 }
 
+// Writes the indices, from the stream or from the scores, and counts them per tensor.
 template <class Source>
 __global__ void __launch_bounds__(kCompactThreads) emit(Work work, void* indices, bool wide) {
   State& state = *work.state;
@@ -126,10 +131,10 @@ struct Layout {
 };
 
 Layout lay_out(const TopkParams& params) {
-  char* const base = static_cast<char*>(params.workspace);
+  const uintptr_t base = reinterpret_cast<uintptr_t>(params.workspace);  // 0 to ask for the bytes
   int64_t used = 0;
   const auto take = [&](auto*& pointer, int64_t count) {
-    pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(base + used);
+    pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(base + uintptr_t(used));
     used += (count * int64_t(sizeof(*pointer)) + 7) / 8 * 8;
   };
   Layout layout{};
@@ -167,8 +172,8 @@ class Launcher {
     FF_LAUNCH(make_tiles, dim3(unsigned((work_.num_tiles + 255) / 256)), dim3(256), 0, stream_,
               work_);
     // A block needs a little more than its counters.
-    const bool wide = shared_bytes_ >= pair_bytes(kWideDigits[1]) + 1024;
-    const Digit* digits = wide ? kWideDigits : kNarrowDigits;
+    const bool wide_card = shared_bytes_ >= pair_bytes(kWideDigits[1]) + 1024;
+    const Digit* digits = wide_card ? kWideDigits : kNarrowDigits;
     int num_digits = 1;
     while (digits[num_digits - 1].shift > params_.zero_bits) ++num_digits;
 

@@ -31,13 +31,15 @@ __device__ __forceinline__ Count position_of(int64_t tile, int offset) {
 struct Digit {
   int shift, bits;
 };
+// Two digits fix the threshold where a block may have that much shared memory: A100, H100, H200,
+// B200.
 constexpr Digit kWideDigits[] = {{16, 15}, {0, 16}};            // 128 KB of shared counters
 constexpr Digit kNarrowDigits[] = {{17, 14}, {3, 14}, {0, 3}};  // 32 KB: every card has them
 constexpr int kMaxDigits = 3, kMaxBins = 1 << 16;
 
 enum Remaining : int32_t { kNothing = 0, kScores, kStream };  // what is left to read
 
-// One scored weight set aside: its position, whether it is above the first digit's bin, and
+// One score set aside: its position, whether it is above the first digit's bin, and
 // otherwise the bits of the score that the bin leaves open.
 using Entry = uint64_t;
 constexpr int kOpenBits = 17;
