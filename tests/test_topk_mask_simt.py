@@ -202,7 +202,7 @@ def _under_sanitizer(path: str, num_seeds: int) -> None:
     ways = list(WAYS.values())
     for seed in range(num_seeds):
         with pytest.MonkeyPatch.context() as patch:
-            install(patch, SimulatedTopk(library, 48, max_blocks=2, **ways[seed % 4]))
+            install(patch, SimulatedTopk(library, 96, max_blocks=2, **ways[seed % 4]))
             library.schedule(seed=seed, resident_blocks=1 + seed % 3, reverse=seed % 2 == 1)
             scores = _mixed(seed)
             arrays = {
