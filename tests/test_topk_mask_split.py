@@ -9,7 +9,8 @@ from cases import VALUES
 
 import fishfast as ff
 
-BACKENDS = ["cpu", "torch"]
+# "simulated": the CUDA kernels and the Python above them, on CPU tensors.
+BACKENDS = ["cpu", "torch", "simulated"]
 
 
 def dealt_by_hand(scores, num_workers, each, kept=(), out=()):

@@ -4,7 +4,7 @@ mask, split   the calls: `top_k_mask`, `split_mask`
 stored        `open_scores`: scores in a file
 plan          arguments, checked (checks, budget, shards)
 radix         the selection itself, over batches of pieces
-select_*      the passes over the scores, in C++ and in torch
+select_*      the passes over the scores, in C++ and in torch; all of it in CUDA
 ranks         the same over several processes
 """
 

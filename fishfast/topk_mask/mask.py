@@ -14,7 +14,7 @@ from fishfast.mask import SparseMask
 from fishfast.topk_mask.budget import Totals, budget, shares_by_size
 from fishfast.topk_mask.checks import Scores
 from fishfast.topk_mask.plan import Plan, make_plan
-from fishfast.topk_mask.radix import Alone, Processes, select
+from fishfast.topk_mask.radix import Alone, Processes
 from fishfast.topk_mask.ranks import Ranks
 from fishfast.topk_mask.shards import describe, local_scores, refuse_group
 
@@ -42,8 +42,8 @@ def top_k_mask(
 
     Args:
         scores: name -> scores >= 0, fp32, bf16 or fp16, any shapes, contiguous or not (what is not
-            contiguous is copied, a few megabytes at a time). Or what `open_scores` returns, for
-            scores that are larger than memory.
+            contiguous is copied, a few megabytes at a time; by ``"cuda"`` as a whole). Or what
+            `open_scores` returns, for scores that are larger than memory.
         density: k as a share of n = all weights in ``scores``, in (0, 1]; k is rounded down, and
             is at least 1.
         k: number of weights; give either ``density`` or ``k``.
@@ -54,7 +54,8 @@ def top_k_mask(
         scope: ``"global"``, or ``"layer"``: every parameter tensor gets the same share of the
             budget that ``keep`` leaves, to a weight by Sainte-Lague's rule. With either, the mask
             of a smaller budget is a subset of that of a larger one.
-        backend: ``"auto"``, ``"cpu"`` (compiled) or ``"torch"``.
+        backend: ``"auto"``, ``"cuda"``, ``"cpu"`` (compiled) or ``"torch"``; with
+            ``process_group`` on CUDA ``"auto"`` is ``"torch"``, and ``"cuda"`` is refused.
         process_group: the processes that the scores are spread over, gloo or NCCL; every process
             makes this call, with the same names in the same order and its own rows (dim 0) of
             each tensor, in the order of the ranks; a process may have none of a tensor's rows.
@@ -88,7 +89,7 @@ def top_k_mask(
     def plan_of(local: Mapping[str, Scores]) -> Plan:
         if scope not in ("global", "layer"):
             raise ValueError(f"scope must be 'global' or 'layer'; got {scope!r}")
-        return make_plan(local, keep, exclude, backend)
+        return make_plan(local, keep, exclude, backend, alone=process_group is None)
 
     processes: Processes = Alone()
     if process_group is None:
@@ -112,10 +113,10 @@ def top_k_mask(
     num_zero_score = processes.run(lambda: plan.check_aside(compared))
     indices = plan.everything_kept()
     for names, count in groups.items():
-        found, zeros = select(plan.batches(names), count, processes, plan.counted(names))
+        found, zeros = plan.select(names, count, processes)
         indices.update(zip(names, found, strict=True))
         num_zero_score += zeros
-    return SparseMask(indices, plan.shapes, num_zero_score)
+    return plan.mask(indices, num_zero_score)
 
 
 def _plan_together(

@@ -5,23 +5,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fishfast import _backend
 from fishfast._names import split_by_rule
+from fishfast.mask import SparseMask, index_dtype
 from fishfast.topk_mask.batches import Batches, Passes
 from fishfast.topk_mask.budget import everything_of
 from fishfast.topk_mask.checks import Scores, check_scores
-from fishfast.topk_mask.radix import zeros_of
+from fishfast.topk_mask.radix import Processes, select, zeros_of
 from fishfast.topk_mask.select_cpu import CpuPasses
+from fishfast.topk_mask.select_cuda import select_cuda
 from fishfast.topk_mask.select_torch import TorchPasses
 
 __all__ = ["Plan", "make_plan"]
 
-_PASSES: dict[str, type[Passes]] = {"cpu": CpuPasses, "torch": TorchPasses}
+# "cuda" selects in one call; what it has no part in, scores that do not compete, is torch's.
+_PASSES: dict[str, type[Passes]] = {"cpu": CpuPasses, "cuda": TorchPasses, "torch": TorchPasses}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Plan:
         device: where they are.
         kept: names that are always in the mask.
         eligible: names that compete for the rest.
-        passes: what computes.
+        backend: what computes: ``"cuda"``, ``"cpu"`` or ``"torch"``.
         uncounted: names of copies that another process counts.
     """
 
@@ -41,7 +44,7 @@ class Plan:
     device: torch.device
     kept: Sequence[str]
     eligible: Sequence[str]
-    passes: type[Passes]
+    backend: str
     uncounted: frozenset[str] = frozenset()
 
     @functools.cached_property
@@ -61,16 +64,34 @@ class Plan:
 
     def batches(self, names: Iterable[str]) -> Batches:
         """Return the named scores of this process."""
-        return Batches({name: self.scores[name] for name in names}, self.passes)
+        return Batches({name: self.scores[name] for name in names}, _PASSES[self.backend])
 
     def counted(self, names: Collection[str]) -> Batches | None:
         """Return those that this process counts, where they are not all that it has."""
         if self.uncounted.isdisjoint(names):
             return None
         nothing = torch.empty(0, dtype=torch.bfloat16, device=self.device)
-        return Batches(
-            {n: nothing if n in self.uncounted else self.scores[n] for n in names}, self.passes
-        )
+        scores = {n: nothing if n in self.uncounted else self.scores[n] for n in names}
+        return Batches(scores, _PASSES[self.backend])
+
+    def select(
+        self, names: Sequence[str], count: int, processes: Processes
+    ) -> tuple[list[Tensor], int]:
+        """Select the largest scores of the named tensors: `radix.select`, or the same in CUDA."""
+        if self.backend == "cuda":
+            tensors = [self.scores[name] for name in names]  # no file: those are on the CPU
+            return select_cuda(names, cast(list[Tensor], tensors), count)
+        return select(self.batches(names), count, processes, self.counted(names))
+
+    def mask(self, indices: Mapping[str, Tensor], num_zero_score: int) -> SparseMask:
+        """Return the mask of indices made for it; a name without any selects nothing."""
+        complete = {
+            name: indices[name]
+            if name in indices
+            else torch.empty(0, dtype=index_dtype(size), device=self.device)
+            for name, size in self.sizes.items()
+        }
+        return SparseMask._adopt(complete, self.shapes, num_zero_score)
 
     def everything_kept(self) -> dict[str, Tensor]:
         """Return all indices of the kept parameters."""
@@ -89,10 +110,19 @@ def make_plan(
     keep: str | Iterable[str],
     exclude: str | Iterable[str],
     backend: str,
+    *,
+    alone: bool = True,
 ) -> Plan:
-    """Check what a call was given; the errors are those of `top_k_mask`."""
+    """Check what a call was given, ``alone`` or with other processes; raises as `top_k_mask`."""
     device = check_scores(scores)
     kept, eligible = split_by_rule(list(scores), keep, exclude)
-    passes = _PASSES[_backend.choose("topk_mask", device, backend)]
+    chosen = _backend.choose("topk_mask", device, backend)
+    if chosen == "cuda" and not alone:
+        if backend != "auto":
+            raise ValueError(
+                f"backend {backend!r} selects from the scores of one process; with process_group "
+                "choose 'auto' or 'torch'"
+            )
+        chosen = "torch"
     detached = {name: s.detach() if isinstance(s, Tensor) else s for name, s in scores.items()}
-    return Plan(detached, device, kept, eligible, passes)
+    return Plan(detached, device, kept, eligible, chosen)

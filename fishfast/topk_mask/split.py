@@ -13,7 +13,7 @@ from fishfast.topk_mask.batches import Batches
 from fishfast.topk_mask.budget import Totals, budget
 from fishfast.topk_mask.checks import Scores
 from fishfast.topk_mask.plan import make_plan
-from fishfast.topk_mask.radix import Alone, select
+from fishfast.topk_mask.radix import Alone
 from fishfast.topk_mask.shards import refuse_group
 
 __all__ = ["split_mask"]
@@ -76,12 +76,10 @@ def split_mask(
     each = budget(totals, plan.kept, density=density, k=k, workers=num_workers)
 
     zeros_kept = plan.check_aside(plan.eligible if each else ())
-    kept = plan.everything_kept()
     if not each:
-        return [SparseMask(kept, plan.shapes, zeros_kept) for _ in range(num_workers)]
-    batches = plan.batches(plan.eligible)
-    best, _ = select(batches, num_workers * each, Alone())
-    bits = _bits_at(batches, best)
+        return [plan.mask(plan.everything_kept(), zeros_kept) for _ in range(num_workers)]
+    best, _ = plan.select(plan.eligible, num_workers * each, Alone())
+    bits = _bits_at(plan.batches(plan.eligible), best)
     # In the order of (tensor, index) before, so that a stable sort leaves ties in it.
     order = bits.sort(descending=True, stable=True).indices
     worker_of = torch.empty_like(order)
@@ -92,8 +90,8 @@ def split_mask(
         own = worker_of == worker
         dealt = [found[part] for found, part in zip(best, own.split(lengths), strict=True)]
         num_zeros = zeros_kept + int((bits[own] == 0).sum())
-        indices = {**kept, **dict(zip(plan.eligible, dealt, strict=True))}
-        masks.append(SparseMask(indices, plan.shapes, num_zeros))
+        indices = {**plan.everything_kept(), **dict(zip(plan.eligible, dealt, strict=True))}
+        masks.append(plan.mask(indices, num_zeros))
     return masks
 
 
