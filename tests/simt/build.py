@@ -91,11 +91,14 @@ def compile_kernel(
     object_file: Path,
     mode: str = "plain",
     defines: Sequence[str] = (),
-    csrc: Path = CSRC,
+    more_flags: Sequence[str] = (),
 ) -> Path:
-    """Compile one `.cu` or `.cpp` file, with the headers in `csrc`; returns the object file."""
+    """Compile one `.cu` or `.cpp` file; returns the object file.
+
+    Headers are looked for beside the source first, then in csrc/.
+    """
     _check_mode(mode)
-    return _compile(source, object_file, KERNEL_FLAGS[mode], defines, csrc)
+    return _compile(source, object_file, [*KERNEL_FLAGS[mode], *more_flags], defines)
 
 
 def compile_runtime(object_file: Path, mode: str = "plain", defines: Sequence[str] = ()) -> Path:
@@ -104,7 +107,7 @@ def compile_runtime(object_file: Path, mode: str = "plain", defines: Sequence[st
     # As one file the runtime compiles in half the time: its headers are most of the work.
     source = object_file.with_suffix(".cpp")
     source.write_text("".join(f'#include "{name}"\n' for name in RUNTIME_SOURCES))
-    return _compile(source, object_file, RUNTIME_FLAGS[mode], defines, CSRC)
+    return _compile(source, object_file, RUNTIME_FLAGS[mode], defines)
 
 
 def link(objects: Sequence[Path], out: Path, mode: str = "plain") -> Path:
@@ -128,10 +131,8 @@ def _check_mode(mode: str) -> None:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
 
 
-def _compile(
-    source: Path, object_file: Path, flags: Sequence[str], defines: Sequence[str], csrc: Path
-) -> Path:
-    common = [*COMMON_FLAGS, *_fused_multiply_add_flag(), f"-I{HERE}", f"-I{csrc}"]
+def _compile(source: Path, object_file: Path, flags: Sequence[str], defines: Sequence[str]) -> Path:
+    common = [*COMMON_FLAGS, *_fused_multiply_add_flag(), f"-I{HERE}", f"-I{CSRC}"]
     common += [f"-D{define}" for define in defines]
     _run([compiler(), *common, *flags, "-x", "c++", "-c", str(source), "-o", str(object_file)])
     return object_file

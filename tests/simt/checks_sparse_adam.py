@@ -15,16 +15,8 @@ from .schedules import Schedule
 # launch.h's ScatterTarget, AdamScalars, SparseAdamRow and AdamChunk.
 TARGET = [("weight", "u8"), ("offsets", "u8"), ("storage", "i4"), ("wide", "i4")]
 SCALARS = [
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "eps",
-    "decay",
-    "negative_step_size",
-    "bias_correction2_sqrt",
-    "grad_scale",
-    "grad_sign",
-    "padding",
+    *("one_minus_beta1", "beta2", "one_minus_beta2", "eps", "decay", "negative_step_size"),
+    *("bias_correction2_sqrt", "grad_scale", "grad_sign", "padding"),
 ]
 STREAMS = ("grad", "values", "exp_avg", "exp_avg_sq")
 ROW = np.dtype(
