@@ -109,6 +109,18 @@ void adam_cuda(uintptr_t rows, uintptr_t chunks, int64_t num_chunks, int device,
                    pointer<void>(stream));
 }
 
+int64_t topk_workspace_bytes(uintptr_t params) {
+  return topk_mask_workspace_bytes(*pointer<const TopkParams>(params));
+}
+
+void topk_cuda(uintptr_t params, int device, uintptr_t stream) {
+  const TopkParams& topk = *pointer<const TopkParams>(params);
+  require_address(topk.rows != nullptr && topk.workspace != nullptr && topk.indices != nullptr,
+                  "the table of score tensors, the workspace or the indices");
+  DeviceGuard guard(device);
+  topk_mask_cuda(topk, pointer<void>(stream));
+}
+
 // Quiet without a driver: cudaGetDeviceCount returns an error that is kept as the reason.
 std::pair<int, std::string> cuda_device_count() {
   int count = 0;
@@ -143,5 +155,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_count", &cuda_device_count);
   m.def("sparse_adam_cuda", &adam_cuda, py::arg("rows"), py::arg("chunks"), py::arg("num_chunks"),
         py::arg("device"), py::arg("stream"));
+  m.attr("TOPK_ROW_BYTES") = sizeof(TopkRow);
+  m.attr("TOPK_PARAMS_BYTES") = sizeof(TopkParams);
+  m.attr("TOPK_SCORES_PER_TILE") = kTopkScoresPerTile;
+  m.def("topk_mask_workspace_bytes", &topk_workspace_bytes, py::arg("params"));
+  m.def("topk_mask_cuda", &topk_cuda, py::arg("params"), py::arg("device"), py::arg("stream"));
 #endif
 }

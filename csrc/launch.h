@@ -1,7 +1,8 @@
 // What each operation needs, in plain types: no torch, no pybind11, no CUDA headers.
 //
-// The row structs are mirrored by numpy record types in fishfast/sparse_adam.py and
-// fishfast/sparse_sgd.py; bindings.cpp publishes their sizes and the Python side compares.
+// The row structs are mirrored by numpy record types in fishfast/sparse_adam.py,
+// fishfast/sparse_sgd.py and fishfast/topk_mask/select_cuda.py; bindings.cpp publishes their sizes
+// and the Python side compares.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -119,5 +120,39 @@ class TopkSelection {
   int64_t num_zero_score_ = 0;
   int64_t bad_tensor_ = -1, bad_index_ = -1;
 };
+
+// The selection on a card.
+constexpr int64_t kTopkScoresPerTile = 8192;  // what a block of the CUDA kernels takes at a time
+
+struct TopkRow {  // one tensor
+  ScoreTensor scores;
+  int64_t first_tile;  // tiles of all tensors before it; a tile is of one tensor
+};
+
+struct TopkParams {
+  const TopkRow* rows;  // [num_tensors], on the device
+  int64_t num_tensors, num_tiles;
+  int64_t scores_per_tile;   // at most kTopkScoresPerTile; less in tests
+  int64_t k;                 // 1 <= k <= number of scores
+  int64_t stream_capacity;   // at most so many scores are set aside for a second look
+  int64_t max_blocks;        // of a grid; 0: all that the card runs at once
+  int64_t max_shared_bytes;  // of a block; 0: all that the card allows
+  void* workspace;       // [topk_mask_workspace_bytes()], on the device, aligned to 8; any content
+  void* indices;         // [k] out: ascending indices of the first tensor, of the second, ...
+  int32_t wide_indices;  // 1 if indices are int64, else int32
+  int32_t zero_bits;     // as many low bits are 0 in every score as fp32: 16 if all are bf16
+};
+
+struct TopkResult {  // the workspace begins with one, and then the number selected of each tensor
+  int64_t bad_tensor, bad_index;  // first score that is NaN or negative, or (-1, -1)
+  int64_t num_zero_score;         // selected although the score is 0
+};
+
+int64_t topk_mask_workspace_bytes(const TopkParams& params);
+
+// The k largest scores as TopkSelection finds them, bit for bit. With a bad score nothing is
+// selected. params is read on the host; nothing is allocated and nothing synchronises.
+// Throws std::runtime_error when a launch is refused.
+void topk_mask_cuda(const TopkParams& params, void* stream);
 
 }  // namespace fishfast

@@ -12,6 +12,7 @@ from fishfast.mask import SparseMask
 from fishfast.topk_mask.budget import budget, everything_of, shares_by_size
 from fishfast.topk_mask.checks import check_scores, refuse_bad
 from fishfast.topk_mask.select_cpu import select_cpu
+from fishfast.topk_mask.select_cuda import select_cuda
 from fishfast.topk_mask.select_torch import select_torch
 
 __all__ = ["top_k_mask"]
@@ -46,7 +47,7 @@ def top_k_mask(
         exclude: parameters that are never in the mask; they still count in n.
         scope: ``"global"``, or ``"layer"``: every parameter tensor gets the same share of the
             budget that ``keep`` leaves, to a weight by largest remainder.
-        backend: ``"auto"``, ``"cpu"`` (compiled) or ``"torch"``.
+        backend: ``"auto"``, ``"cuda"``, ``"cpu"`` (compiled) or ``"torch"``.
 
     Returns:
         A `SparseMask`. Where fewer than k scores are above zero, zeros fill it up by the tie rule
@@ -75,7 +76,7 @@ def top_k_mask(
     left = budget(sizes, kept, eligible, density=density, k=k)
 
     chosen = _backend.choose("topk_mask", device, backend)
-    select = select_cpu if chosen == "cpu" else select_torch
+    select = {"cpu": select_cpu, "cuda": select_cuda, "torch": select_torch}[chosen]
     groups = {tuple(eligible): left}
     if scope == "layer":
         groups = {(name,): share for name, share in shares_by_size(sizes, eligible, left).items()}
