@@ -79,7 +79,9 @@ def install(monkeypatch: pytest.MonkeyPatch, extension: SimulatedTopk) -> None:
 
     monkeypatch.setattr(_backend, "choose", chosen)
     monkeypatch.setattr(module, "_backend", SimpleNamespace(compiled=lambda: extension))
-    monkeypatch.setattr(module, "_to_device", lambda rows, device: torch.from_numpy(rows.view("u1")))
+    monkeypatch.setattr(
+        module, "_to_device", lambda rows, device: torch.from_numpy(rows.view("u1"))
+    )
     monkeypatch.setattr(module, "_device_and_stream", lambda device: (0, 0))
 
 
