@@ -44,17 +44,17 @@ class Case:
 
 MIXED = ((0, "fp32"), (500, "fp32"), (33, "bf16"), (1, "fp16"), (0, "bf16"), (800, "fp16"))
 BF16 = ((1500, "bf16"), (1, "bf16"), (31, "bf16"))
-TINY = tuple((i % 4, STORAGE[i % 3]) for i in range(40))
+TINY = tuple((i % 4, STORAGE[i % 3]) for i in range(16))
 LONG = ((40_000, "fp32"),)
-# Nine, so that they meet all eight kinds of schedule in turn. Narrow digits, where not said: wide
+# Nine, so that each meets all eight kinds of schedule in turn. Narrow digits, where not said: wide
 # ones cost a block 32,768 words to clear.
 CASES = (
-    Case(MIXED, "random", 0.05, tile=32, stream=10_000),  # 43 tiles: two looks back of a warp
-    Case(MIXED, "ties", 0.5, tile=33, stream=10_000, wide=True),
+    Case(MIXED, "random", 0.05, tile=40, stream=10_000),  # 35 tiles: a warp looks back twice
+    Case(MIXED, "ties", 0.5, tile=129, stream=10_000, wide=True),
     Case(MIXED, "ties", 0.3, tile=257, stream=0, max_blocks=4),  # nothing is set aside
-    Case(BF16, "random", 0.1, tile=100, stream=0),
+    Case(BF16, "random", 0.1, tile=300, stream=0),
     Case(LONG, "zeros", 0.4, tile=8192, stream=40_000),
-    Case(MIXED, "random", 0.2, tile=64, stream=10_000, bad=(1299, 503)),
+    Case(MIXED, "random", 0.2, tile=99, stream=10_000, bad=(1299, 503)),
     Case(TINY, "random", 1.0, tile=2, stream=100),
     Case(MIXED, "one bin", 0.1, tile=600, stream=10_000, shared_bytes=0),
     Case(LONG, "equal", 0.999, tile=8192, stream=0, shared_bytes=0),
@@ -153,6 +153,5 @@ def run_case(lib: SimtLibrary, case: Case, seed: int) -> None:
 
 
 def check(lib: SimtLibrary, schedule: Schedule) -> None:
-    """Run two cases, the next two under the next schedule."""
-    for number in (2 * schedule.seed, 2 * schedule.seed + 1):
-        run_case(lib, CASES[number % len(CASES)], schedule.seed)
+    """Run one case, the next one under the next schedule."""
+    run_case(lib, CASES[schedule.seed % len(CASES)], schedule.seed)
