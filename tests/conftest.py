@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from simt.build import build
+from simt.library import SimtLibrary
 
 import fishfast as ff
 
@@ -42,6 +44,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# --- for test_topk_mask*.py ---
+
+
+@pytest.fixture(scope="session")
+def topk_library(tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
+    """csrc/topk_mask.cu, executed on the CPU."""
+    from simt.topk_mask_backend import SOURCES  # not above: imports the package under test
+
+    return SimtLibrary(build(SOURCES, tmp_path_factory.mktemp("simt") / "topk_mask.so"))
 
 
 # --- for test_delta_*.py ---

@@ -232,7 +232,7 @@ def contractible_products(text: str) -> list[str]:
 
 
 def inexact_flags(cmake: str) -> list[str]:
-    """Flags that let the two machines round differently, or the absence of the one that does not."""
+    """Flags that let the machines round differently, or the absence of the one that does not."""
     cmake = re.sub(r"#[^\n]*", "", cmake)
     bad = re.findall(
         r"-?-use_fast_math|-ffast-math|-Ofast|-funsafe-math\S*|-ffp-contract=(?!off)\S*", cmake

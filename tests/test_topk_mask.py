@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
 import pytest
 import torch
 from cases import CHUNK, DTYPES, SIZES, VALUES
+from simt.topk_mask_backend import SimulatedTopk, install
 
 import fishfast as ff
 
-BACKENDS = ["cpu", "torch"]
+# "simulated": the CUDA kernels and the Python above them, on CPU tensors.
+BACKENDS = ["cpu", "torch", "simulated"]
+
+
+@pytest.fixture
+def simulated(monkeypatch, topk_library):
+    topk_library.schedule(seed=0)
+    install(monkeypatch, SimulatedTopk(topk_library))
+
+
+@pytest.fixture(autouse=True)
+def _simulated_where_asked_for(request):
+    if "simulated" in getattr(request.node, "callspec", SimpleNamespace(params={})).params.values():
+        request.getfixturevalue("simulated")
 
 
 def named(sizes, make, dtype=torch.float32):
@@ -121,7 +136,7 @@ def _few(*shape):
     return torch.randint(0, 7, shape).float()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_ten_thousand_tiny_tensors(backend):
     scores = {f"t{i}": score for i, score in enumerate(_few(20_000).split([1, 3, 0, 4] * 2500))}
     started = time.perf_counter()
@@ -143,10 +158,10 @@ def test_any_number_of_threads_gives_the_same_mask(threads, count):
         assert all(torch.equal(mask[name], expected[name]) for name in scores)
 
 
-def test_backends_agree():
+def test_backends_agree(simulated):
     scores = named([3 * CHUNK + 5, 17, 2 * CHUNK], VALUES[-1].values[0])
     masks = [ff.top_k_mask(scores, density=0.02, backend=backend) for backend in BACKENDS]
-    assert masks[0] == masks[1]
+    assert masks[0] == masks[1] == masks[2]
 
 
 @pytest.mark.parametrize("make", [VALUES[0], VALUES[1], VALUES[4]])
@@ -158,12 +173,12 @@ def test_a_smaller_budget_selects_a_subset(make):
         assert set(narrow[name].tolist()) <= set(wide[name].tolist())
 
 
-def test_scores_are_left_as_they_were():
+def test_scores_are_left_as_they_were(simulated):
     scores = named([100, 33], VALUES[0].values[0])
     scores["t0"] = scores["t0"].view(10, 10).T
     before = {name: score.clone() for name, score in scores.items()}
-    ff.top_k_mask(scores, k=10, backend="cpu")
-    ff.top_k_mask(scores, k=10, backend="torch")
+    for backend in BACKENDS:
+        ff.top_k_mask(scores, k=10, backend=backend)
     assert all(torch.equal(scores[name], before[name]) for name in scores)
 
 
