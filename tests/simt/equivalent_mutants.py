@@ -25,4 +25,29 @@ class Equivalent:
         return (self.file, self.edit) == (mutant.file, mutant.edit) and self.near in mutant.context
 
 
-EQUIVALENT: tuple[Equivalent, ...] = ()
+_WORD_IS_ALL = (
+    "The flag's word is all that is handed over: the sum beside its two state bits. What the other "
+    "block wrote before is never read through it, so nothing needs the order. Acquire and release "
+    "all the same: csrc/ has no other kind of flag."
+)
+
+EQUIVALENT: tuple[Equivalent, ...] = (
+    Equivalent(
+        "ordered_scan.cuh",
+        "st_release -> mutants::relaxed_store",
+        "kOwnSum | own",
+        _WORD_IS_ALL,
+    ),
+    Equivalent(
+        "ordered_scan.cuh",
+        "st_release -> mutants::relaxed_store",
+        "kPrefixSum | (before + own)",
+        _WORD_IS_ALL,
+    ),
+    Equivalent(
+        "ordered_scan.cuh",
+        "ld_acquire -> mutants::relaxed_load",
+        "other >= 0",
+        _WORD_IS_ALL,
+    ),
+)
