@@ -123,10 +123,12 @@ def polled_atomics(text: str) -> list[str]:
     return [condition for condition in conditions if re.search(r"\batomic\w+\(", condition)]
 
 
-def uneven_blocks(text: str) -> list[str]:
-    """Launches whose block is not known to be a multiple of a warp."""
+def uneven_blocks(text: str, headers: str = "") -> list[str]:
+    """Launches whose block is not known to be a multiple of a warp; `headers` have constants."""
     code = blank_comments(text)
-    constants = dict(re.findall(r"constexpr (?:int|unsigned|int64_t) (\w+) = ([^;]+);", code))
+    constants = dict(
+        re.findall(r"constexpr (?:int|unsigned|int64_t) (\w+) = ([^;]+);", headers + code)
+    )
     bad = []
     for match in re.finditer(r"\bFF_LAUNCH\(", code):
         block = split_arguments(code, match.end() - 1)[0][2]
