@@ -7,6 +7,7 @@
 // number of threads.
 #include "launch.h"
 #include "parallel.h"
+#include "topk_mask.h"
 
 namespace fishfast {
 namespace {
@@ -15,8 +16,6 @@ constexpr int64_t kScoresPerChunk = 1 << 16;
 // Scores that are looked at together: few enough for the first-level cache, enough for vectors.
 constexpr int64_t kScoresPerBlock = 64;
 constexpr uint32_t kNumSpareBins = 8;
-constexpr int32_t kInfinity = 0x7f800000;
-constexpr int32_t kNegativeZero = INT32_MIN;
 
 // fp32 bit patterns of scores in each storage dtype.
 struct Float32Scores {
@@ -32,8 +31,8 @@ struct Float16Scores {
   uint32_t operator[](int64_t i) const { return bits_of(fp16_to_float(data[i])); }
 };
 
-// Signed, which the baseline instruction set compares in vectors; -0.0 counts as 0.0.
-int32_t magnitude(uint32_t bits) { return int32_t(bits & 0x7fffffffu); }
+// Signed, which the baseline instruction set compares in vectors.
+int32_t signed_magnitude(uint32_t bits) { return int32_t(magnitude(bits)); }
 
 // Calls visit(bits, start, length) for each block of scores, in order; bits: [length] patterns.
 template <class Scores, class Visit>
@@ -61,15 +60,11 @@ void for_each_block(const ScoreTensor& tensor, int64_t start, int64_t length, co
 
 // Index within the block of the first NaN or negative score, or -1.
 int64_t find_bad(const uint32_t* bits, int64_t length) {
-  auto is_bad = [&](int64_t i) {
-    const int32_t score = int32_t(bits[i]);
-    return int32_t(score > kInfinity) | (int32_t(score < 0) & int32_t(score != kNegativeZero));
-  };
   int32_t any = 0;
-  for (int64_t i = 0; i < length; ++i) any |= is_bad(i);
+  for (int64_t i = 0; i < length; ++i) any |= is_bad_score(bits[i]);
   if (!any) return -1;
   int64_t i = 0;
-  while (!is_bad(i)) ++i;
+  while (!is_bad_score(bits[i])) ++i;
   return i;
 }
 
@@ -108,14 +103,13 @@ BadScore TopkPasses::histogram(int shift, int num_bits, uint32_t prefix, int64_t
                        if (found >= 0) bad[size_t(c)] = start + found;
                      }
                      // No branch, which half of the scores could mispredict: what is not counted
-                     // here, zeros
-                     // above all, goes to spare bins in turn, since one counter would wait for
-                     // itself.
+                     // here, zeros above all, goes to spare bins in turn, since one counter would
+                     // wait for itself.
                      uint32_t bin_of[kScoresPerBlock];
                      uint32_t any = 0;
                      int32_t zeros_here = 0;
                      for (int64_t i = 0; i < length; ++i) {
-                       const uint32_t score = uint32_t(magnitude(bits[i]));
+                       const uint32_t score = magnitude(bits[i]);
                        const uint32_t counted = -uint32_t((score >> top == prefix) & (score != 0));
                        const uint32_t spare = uint32_t(num_bins) + uint32_t(i) % kNumSpareBins;
                        bin_of[i] = (score >> shift & digit_mask & counted) | (spare & ~counted);
@@ -149,8 +143,8 @@ void TopkPasses::count(uint32_t threshold) {
                    [&](const uint32_t* bits, int64_t, int64_t length) {
                      int32_t greater = 0, equal = 0;
                      for (int64_t i = 0; i < length; ++i) {
-                       greater += magnitude(bits[i]) > limit;
-                       equal += magnitude(bits[i]) == limit;
+                       greater += signed_magnitude(bits[i]) > limit;
+                       equal += signed_magnitude(bits[i]) == limit;
                      }
                      chunk.greater += greater;
                      chunk.equal += equal;
@@ -193,7 +187,8 @@ void TopkPasses::emit(const std::vector<int64_t>& ties, const std::vector<void*>
       for_each_block(tensors_[size_t(chunk.tensor)], chunk.start, chunk.length,
                      [&](const uint32_t* bits, int64_t start, int64_t length) {
                        int32_t any = 0;
-                       for (int64_t i = 0; i < length; ++i) any |= magnitude(bits[i]) >= limit;
+                       for (int64_t i = 0; i < length; ++i)
+                         any |= signed_magnitude(bits[i]) >= limit;
                        if (!any) return;
                        // Every index is written and the next one goes over it unless it is taken:
                        // no branch. The last may be past the chunk's output, hence not in place.
@@ -201,8 +196,9 @@ void TopkPasses::emit(const std::vector<int64_t>& ties, const std::vector<void*>
                        int64_t num_found = 0;
                        for (int64_t i = 0; i < length; ++i) {
                          found[num_found] = Index(start + i);
-                         bool taken = magnitude(bits[i]) >= limit;
-                         if (ties_run_out && magnitude(bits[i]) == limit) taken = ties_here-- > 0;
+                         bool taken = signed_magnitude(bits[i]) >= limit;
+                         if (ties_run_out && signed_magnitude(bits[i]) == limit)
+                           taken = ties_here-- > 0;
                          num_found += taken;
                        }
                        output = std::copy(found, found + num_found, output);

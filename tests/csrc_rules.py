@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from simt.mutants import blank_comments, split_arguments
@@ -18,6 +18,10 @@ MACHINE_DEPENDENT = re.compile(
     r"|\b__atomic_\w+|\bstd::atomic\b|\bcuda::|\bcooperative_groups\b|\bthis_grid\b"
 )
 INCLUDES = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|cub|thrust|cooperative_groups|cuda)')
+OWN_ROUNDING = (
+    r"set_source_files_properties\(csrc/{}_cpu\.cpp "
+    r"PROPERTIES COMPILE_OPTIONS -ffp-contract=fast\)"
+)
 COLLECTIVE = re.compile(r"\b(__sync(threads|warp)\w*|__\w+_sync)\s*\(")
 DEVICE_ONLY = re.compile(
     r"\b(threadIdx|blockIdx|__threadfence\w*|__syncthreads\w*|__syncwarp|__\w+_sync|ld_acquire"
@@ -233,9 +237,15 @@ def contractible_products(text: str) -> list[str]:
     return re.findall(r"[\w)\]]\s+\*=?\s+[\w(&-]+", blank_comments(text))
 
 
-def inexact_flags(cmake: str) -> list[str]:
-    """Flags that let the machines round differently, or the absence of the one that does not."""
+def inexact_flags(cmake: str, kernels: Collection[str] = ()) -> list[str]:
+    """Flags that let the machines round differently, or the absence of the one that does not.
+
+    A C++ file whose operation is none of the CUDA kernels, "foo.cu", may fuse what it likes.
+    """
     cmake = re.sub(r"#[^\n]*", "", cmake)
+    for stem in re.findall(OWN_ROUNDING.format(r"(\w+)"), cmake):
+        if f"{stem}.cu" not in kernels:
+            cmake = re.sub(OWN_ROUNDING.format(stem), "", cmake)
     bad = re.findall(
         r"-?-use_fast_math|-ffast-math|-Ofast|-funsafe-math\S*|-ffp-contract=(?!off)\S*", cmake
     )
