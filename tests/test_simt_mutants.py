@@ -110,7 +110,7 @@ def test_caught_and_surviving_mutants_are_told_apart(tmp_path: Path) -> None:
         )
         for number in (line + 1, line + 2)
     )
-    judge = Judge(tmp_path, modes=["plain"], num_schedules={"plain": 2})
+    judge = Judge(tmp_path, trials={SYNCHRONISATION: [("plain", 2)]})
     assert judge.judge(target, redundant).caught_by == ""
     assert judge.judge(target, needed).caught_by == "plain: wrong result"
 

@@ -253,6 +253,24 @@ def assert_same(whole, num_zero, expected):
     assert num_zero == expected.num_zero_score
 
 
+@pytest.mark.usefixtures("simulated")
+def test_the_cuda_kernels_select_for_one_process_only(monkeypatch):
+    """Over processes "auto" runs the torch passes on a card; the kernels by name are refused."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        rules = {"k": 77, "process_group": dist.group.WORLD}
+        with pytest.raises(ValueError, match="selects from the scores of one process; with proc"):
+            ff.top_k_mask(MODELS["random"], backend="simulated", **rules)
+        kernels = lambda *_: pytest.fail("the kernels were called")  # noqa: E731
+        monkeypatch.setattr("fishfast.topk_mask.plan.select_cuda", kernels)
+        monkeypatch.setattr("fishfast._backend.choose", lambda *_: "cuda")
+        mask = ff.top_k_mask(MODELS["random"], **rules)
+    finally:
+        dist.destroy_process_group()
+    monkeypatch.undo()
+    assert mask == ff.top_k_mask(MODELS["random"], k=77, backend="torch")
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_masks_put_together_are_that_of_one_process(answers, model, world):

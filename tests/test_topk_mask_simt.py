@@ -1,25 +1,21 @@
 """The shipped CUDA kernels csrc/topk_mask.cu, executed on the CPU, against numpy's stable sort.
 
-`tests/test_topk_mask.py` runs the whole API on them (``backend="simulated"``); here are the cases
-that only kernels have: chains of tiles, small grids and cards, schedules, sanitizers.
+`tests/test_topk_mask.py` runs the whole API on them (``backend="simulated"``), and
+`tests/test_simt_kernels.py` the kernels under every schedule and sanitizer; here are the cases that
+only kernels have: chains of tiles, small grids and cards.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
 import torch
 from cases import DTYPES, VALUES
-from simt.build import HERE, build
 from simt.library import SimtLibrary
-from simt.run import command_and_environment
-from simt.topk_mask_backend import SOURCES, SimulatedTopk, install
+from simt.topk_mask_backend import SimulatedTopk, install
 from torch import Tensor
 
 import fishfast as ff
@@ -60,9 +56,6 @@ def check(scores: dict[str, Tensor], k: int) -> None:
         np.testing.assert_array_equal(mask[name].numpy(), truth, err_msg=f"{name}, k={k}")
     zeros = sum(int((scores[name][found.long()] == 0).sum()) for name, found in mask.items())
     assert mask.num_zero_score == zeros
-
-
-# ---- in order ---------------------------------------------------------------------------------
 
 
 @ways
@@ -157,60 +150,3 @@ def test_first_bad_score_is_named_and_nothing_is_selected(
     assert module._launch(list(scores.values()), 20, flat) == [1, 333, 0, 0, 0, 0]
     assert (flat == -7).all()
     assert extension.num_calls == 4
-
-
-# ---- any order --------------------------------------------------------------------------------
-
-
-def _mixed(seed: int) -> dict[str, Tensor]:
-    """Ties across tensors of all dtypes, a crowded bin, zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    ties = torch.randint(0, 3, (170,), generator=generator) / 2.0
-    return {
-        "fp32": 1 + torch.rand(300, generator=generator) / 128,
-        "bf16": ties.bfloat16(),
-        "none": torch.zeros(0),
-        "fp16": ties[:90].half(),
-    }
-
-
-def test_two_hundred_schedules(use: Use, topk_library: SimtLibrary):
-    ways = list(WAYS.values())
-    for seed in range(1, 201):
-        use(scores_per_tile=32 + 16 * (seed % 3), **ways[seed % 4])
-        topk_library.schedule(seed=seed, resident_blocks=1 + seed % 4, reverse=seed // 4 % 2 == 1)
-        check(_mixed(seed), (1, 40, 230, 300, 560)[seed % 5])
-
-
-# ---- sanitizers -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("mode", "num_seeds"), [("asan", 8), ("tsan", 24)])
-def test_kernels_are_clean_under_sanitizers(mode: str, num_seeds: int, tmp_path: Path):
-    """Out-of-bounds accesses, misalignment, overflow (asan) and races (tsan) would end the run."""
-    library = build(SOURCES, tmp_path / f"{mode}.so", mode=mode)
-    command, environment = command_and_environment(mode, [__file__, str(library), str(num_seeds)])
-    environment["PYTHONPATH"] = f"{HERE.parent}:{HERE.parents[1]}"
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "clean" in result.stdout
-
-
-def _under_sanitizer(path: str, num_seeds: int) -> None:
-    """Scores lie in arrays of numpy, whose malloc has the sanitizer's red zones."""
-    library = SimtLibrary(path)
-    ways = list(WAYS.values())
-    for seed in range(num_seeds):
-        with pytest.MonkeyPatch.context() as patch:
-            install(patch, SimulatedTopk(library, 96, max_blocks=2, **ways[seed % 4]))
-            library.schedule(seed=seed, resident_blocks=1 + seed % 3, reverse=seed % 2 == 1)
-            scores = _mixed(seed)
-            arrays = {
-                name: torch.from_numpy(scores[name].numpy().copy()) for name in ("fp32", "fp16")
-            }
-            check(scores | arrays, (1, 230, 560)[seed % 3])
-    print("clean")
-
-
-if __name__ == "__main__":
-    _under_sanitizer(sys.argv[1], int(sys.argv[2]))
