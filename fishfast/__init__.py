@@ -17,7 +17,7 @@ from fishfast.fisher import Fisher, estimate_fisher
 from fishfast.mask import SparseMask
 from fishfast.sparse_adam import AdamW
 from fishfast.sparse_sgd import SGD
-from fishfast.topk_mask import top_k_mask
+from fishfast.topk_mask import open_scores, split_mask, top_k_mask
 from fishfast.train_only import train_only
 from fishfast.tuning import SparseTuning
 
@@ -39,8 +39,10 @@ __all__ = [
     "get_fish_model",
     "load_delta",
     "magnitude_scores",
+    "open_scores",
     "random_mask",
     "save_delta",
+    "split_mask",
     "top_k_mask",
     "train_only",
 ]

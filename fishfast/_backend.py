@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ __all__ = ["build_info", "choose", "compiled", "num_threads"]
 # What can run each operation on each kind of device, best first.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "fisher": {"cpu": ("cpu", "torch", "triton"), "cuda": ("triton", "torch")},
-    "topk_mask": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    "topk_mask": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_adam": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_sgd": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
 }
@@ -68,8 +69,17 @@ def _warn_once(reason: str, wanted: str, chosen: str) -> None:
         f"fishfast: the {wanted!r} backend is not available ({reason}); {chosen!r} runs instead, "
         "with the same masks and steps to an ulp, but slower. See fishfast.build_info().",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=_frames_to_caller(),
     )
+
+
+def _frames_to_caller() -> int:
+    """Return the stack level of the code that called fishfast, for the warning of `_warn_once`."""
+    frame, level = sys._getframe(1), 1
+    here = str(Path(__file__).parent) + os.sep
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @functools.cache
@@ -145,7 +155,7 @@ def build_info() -> dict[str, Any]:
 
     Example:
         >>> import fishfast as ff
-        >>> ff.build_info()["operations"]["topk_mask"]["cuda"]
+        >>> ff.build_info()["operations"]["sparse_sgd"]["cuda"]
         'torch'
     """
     extension, _ = _extension()

@@ -17,7 +17,7 @@ from fishfast.fisher import estimate_fisher
 from fishfast.fisher.objective import LossFn, OutputsFn
 from fishfast.mask import SparseMask
 from fishfast.topk_mask import top_k_mask
-from fishfast.topk_mask.budget import budget
+from fishfast.topk_mask.budget import Totals, budget
 from fishfast.train_only import train_only
 from fishfast.tuning import SparseTuning
 
@@ -138,7 +138,7 @@ def get_fish_model(
         _refuse_other_fish(model)
         sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         kept, eligible = split_by_rule(list(sizes), config.keep, config.exclude)
-        budget(sizes, kept, eligible, density=config.density, k=config.k)
+        budget(Totals.of(sizes, kept, eligible), kept, density=config.density, k=config.k)
     fisher = estimate_fisher(
         model, batches, loss_fn=loss_fn, outputs_fn=outputs_fn, num_samples=config.num_samples,
         fisher_type=config.fisher_type, head=config.head,

@@ -137,18 +137,20 @@ def test_samples_that_change_places_unseen_are_noticed_later():
         ff.estimate_fisher(model, batches, loss_fn=lambda model, batch: model(*batch))
 
 
-def test_flattened_rows_are_searched_for_their_samples_once():
+@pytest.mark.parametrize("samples", [0, 1], ids=["batch-first", "time-first"])
+def test_flattened_rows_are_searched_for_their_samples_once(samples):
     """Flattened before a layer and back behind it, as GPT-2 does: no data says whose a row is."""
 
     class Flattens(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight, self.head = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2)
+            self.weight, self.head = nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 2)
 
         def forward(self, x):
-            hidden = torch.addmm(torch.zeros(4), x.reshape(-1, 4), self.weight)
-            hidden = torch.tanh(hidden) * 2
-            return self.head(hidden.view(x.shape)).square().sum((1, 2))
+            x = x.transpose(0, samples)
+            hidden = torch.addmm(torch.zeros(6), x.reshape(-1, 4), self.weight)
+            hidden = torch.tanh(hidden.view(-1, 3, 2)).flatten(1) * 2  # as heads: 3, like samples
+            return self.head(hidden.view(*x.shape[:2], 6)).square().sum((1 - samples, 2))
 
     batches = [torch.randn(3, length, 4) for length in (5, 5, 7, 2)]
     fisher = ff.estimate_fisher(Flattens(), batches, loss_fn=lambda model, x: model(x))

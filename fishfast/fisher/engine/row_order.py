@@ -79,16 +79,19 @@ def stays_in_order(
             after = [tuple(meta.shape) for meta in consumer.node._input_metadata]
             if not all(_keeps_order(consumer, before, s, layout, num_samples) for s in after):
                 return False
-            unflattened = all(_is_unflattened(s, layout, num_samples) for s in after)
+            unflattened = all(_is_unflattened(before, s, layout, num_samples) for s in after)
             if consumer.node not in seen and not unflattened:
                 seen.add(consumer.node)
                 stack.append(consumer.node)
     return True
 
 
-def _is_unflattened(shape: tuple[int, ...], layout: Layout, num_samples: int) -> bool:
-    dim = 0 if layout.kind == "blocks" else 1
-    return len(shape) > dim and shape[dim] == num_samples
+def _is_unflattened(
+    before: tuple[int, ...], after: tuple[int, ...], layout: Layout, num_samples: int
+) -> bool:
+    if layout.kind == "blocks":
+        return after[0] == num_samples
+    return len(after) > 1 and after[1] == num_samples and after[0] * after[1] == before[0]
 
 
 def _keeps_order(
