@@ -13,7 +13,7 @@ from fishfast.baseline_masks import bias_mask, magnitude_scores, random_mask
 from fishfast.delta import Delta, load_delta, save_delta
 from fishfast.fisher import Fisher, estimate_fisher
 from fishfast.mask import SparseMask
-from fishfast.sparse_adam import AdamW
+from fishfast.sparse_adam import Adam, AdamW
 from fishfast.sparse_sgd import SGD
 from fishfast.topk_mask import top_k_mask
 from fishfast.train_only import SparseTuning, train_only
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "Adam",
     "AdamW",
     "Delta",
     "Fisher",
