@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test doctest lint bench clean
+.PHONY: demo test doctest lint bench mutants clean
 
 demo: $(VENV)/installed
 	$(RUN) -m fishfast demo
@@ -17,6 +17,10 @@ test: $(VENV)/installed
 
 doctest: $(VENV)/installed
 	$(RUN) -m pytest --doctest-modules fishfast
+
+# Breaks the CUDA kernels in every way that simt/mutants.py knows: some minutes a kernel.
+mutants: $(VENV)/installed
+	$(RUN) tests/simt/mutate.py
 
 bench: $(VENV)/installed
 	mkdir -p bench/out

@@ -73,23 +73,37 @@ void linear_cpu(uintptr_t score, uintptr_t grad, uintptr_t x, uintptr_t starts, 
   fisher_linear_cpu(call, num_threads);
 }
 
-TopkSelection select_topk(const std::vector<std::tuple<uintptr_t, int64_t, int>>& tensors,
-                          int64_t k, int num_threads) {
+TopkPasses topk_passes(const std::vector<std::tuple<uintptr_t, int64_t, int>>& tensors,
+                       int num_threads) {
   std::vector<ScoreTensor> scores;
   for (const auto& [address, numel, storage] : tensors) {
     require_address(address != 0 || numel == 0, "a score tensor");
     scores.push_back({pointer<const void>(address), numel, static_cast<Storage>(storage)});
   }
-  py::gil_scoped_release release;
-  return TopkSelection(std::move(scores), k, num_threads);
+  return TopkPasses(std::move(scores), num_threads);
 }
 
-void emit_topk(const TopkSelection& selection, const std::vector<uintptr_t>& outputs,
-               const std::vector<bool>& wide) {
+std::pair<int64_t, int64_t> topk_histogram(const TopkPasses& passes, int shift, int num_bits,
+                                           uint32_t prefix, uintptr_t counts) {
+  require_address(counts != 0, "the histogram");
+  py::gil_scoped_release release;
+  const BadScore bad = passes.histogram(shift, num_bits, prefix, pointer<int64_t>(counts));
+  return {bad.tensor, bad.index};
+}
+
+std::pair<std::vector<int64_t>, std::vector<int64_t>> topk_count(TopkPasses& passes,
+                                                                 uint32_t threshold) {
+  py::gil_scoped_release release;
+  passes.count(threshold);
+  return {passes.greater(), passes.equal()};
+}
+
+void topk_emit(const TopkPasses& passes, const std::vector<int64_t>& ties,
+               const std::vector<uintptr_t>& outputs, const std::vector<bool>& wide) {
   std::vector<void*> addresses;
   for (uintptr_t output : outputs) addresses.push_back(pointer<void>(output));
   py::gil_scoped_release release;
-  selection.emit(addresses, wide);
+  passes.emit(ties, addresses, wide);
 }
 
 py::dict build_info() {
@@ -138,6 +152,18 @@ void sgd_cuda(uintptr_t rows, uintptr_t chunks, int64_t num_chunks, int device, 
                   pointer<void>(stream));
 }
 
+int64_t topk_workspace_bytes(uintptr_t params) {
+  return topk_mask_workspace_bytes(*pointer<const TopkParams>(params));
+}
+
+void topk_cuda(uintptr_t params, int device, uintptr_t stream) {
+  const TopkParams& topk = *pointer<const TopkParams>(params);
+  require_address(topk.rows != nullptr && topk.workspace != nullptr && topk.indices != nullptr,
+                  "the table of score tensors, the workspace or the indices");
+  DeviceGuard guard(device);
+  topk_mask_cuda(topk, pointer<void>(stream));
+}
+
 // Quiet without a driver: cudaGetDeviceCount returns an error that is kept as the reason.
 std::pair<int, std::string> cuda_device_count() {
   int count = 0;
@@ -163,13 +189,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SPARSE_SGD_ROW_BYTES") = sizeof(SparseSgdRow);
   m.def("sparse_sgd_cpu", &sgd_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
 
-  py::class_<TopkSelection>(m, "TopkSelection")
-      .def(py::init(&select_topk), py::arg("tensors"), py::arg("k"), py::arg("num_threads"))
-      .def_property_readonly("bad_tensor", &TopkSelection::bad_tensor)
-      .def_property_readonly("bad_index", &TopkSelection::bad_index)
-      .def_property_readonly("num_selected", &TopkSelection::num_selected)
-      .def_property_readonly("num_zero_score", &TopkSelection::num_zero_score)
-      .def("emit", &emit_topk, py::arg("outputs"), py::arg("wide"));
+  py::class_<TopkPasses>(m, "TopkPasses")
+      .def(py::init(&topk_passes), py::arg("tensors"), py::arg("num_threads"))
+      .def("histogram", &topk_histogram, py::arg("shift"), py::arg("num_bits"), py::arg("prefix"),
+           py::arg("counts"))
+      .def("count", &topk_count, py::arg("threshold"))
+      .def("emit", &topk_emit, py::arg("ties"), py::arg("outputs"), py::arg("wide"));
 
 #ifdef FISHFAST_WITH_CUDA
   m.def("cuda_device_count", &cuda_device_count);
@@ -177,5 +202,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("device"), py::arg("stream"));
   m.def("sparse_sgd_cuda", &sgd_cuda, py::arg("rows"), py::arg("chunks"), py::arg("num_chunks"),
         py::arg("device"), py::arg("stream"));
+  m.attr("TOPK_ROW_BYTES") = sizeof(TopkRow);
+  m.attr("TOPK_PARAMS_BYTES") = sizeof(TopkParams);
+  m.attr("TOPK_SCORES_PER_TILE") = kTopkScoresPerTile;
+  m.def("topk_mask_workspace_bytes", &topk_workspace_bytes, py::arg("params"));
+  m.def("topk_mask_cuda", &topk_cuda, py::arg("params"), py::arg("device"), py::arg("stream"));
 #endif
 }

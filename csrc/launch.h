@@ -1,7 +1,8 @@
 // What each operation needs, in plain types: no torch, no pybind11, no CUDA headers.
 //
-// The row structs are mirrored by numpy record types in fishfast/sparse_adam.py and
-// fishfast/sparse_sgd.py; bindings.cpp publishes their sizes and the Python side compares.
+// The row structs are mirrored by numpy record types in fishfast/sparse_adam.py,
+// fishfast/sparse_sgd.py and fishfast/topk_mask/select_cuda.py; bindings.cpp publishes their sizes
+// and the Python side compares.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -105,42 +106,77 @@ struct ScoreTensor {
   Storage storage;
 };
 
-// The k largest scores of all tensors together; ties go to the lowest (tensor, index).
-class TopkSelection {
+struct BadScore {  // first score that is NaN or negative; (-1, -1) if there is none
+  int64_t tensor, index;
+};
+
+// The passes of a selection over a list of tensors; each call reads the scores once.
+class TopkPasses {
  public:
-  // Reads the scores (1 <= k <= number of scores) and finds the threshold.
-  TopkSelection(std::vector<ScoreTensor> tensors, int64_t k, int num_threads);
+  TopkPasses(std::vector<ScoreTensor> tensors, int num_threads);
 
-  // First score that is NaN or negative: (tensor, index), or (-1, -1). With one, nothing is
-  // selected.
-  int64_t bad_tensor() const { return bad_tensor_; }
-  int64_t bad_index() const { return bad_index_; }
+  // Takes the scores whose bits above the digit equal prefix, and adds to counts how many have
+  // each value of the digit: bits shift to shift + num_bits - 1 of the 31-bit magnitude. The
+  // topmost digit (shift + num_bits == 31, prefix 0) also looks for bad scores; with one, counts
+  // is left as it was.
+  BadScore histogram(int shift, int num_bits, uint32_t prefix, int64_t* counts) const;
 
-  const std::vector<int64_t>& num_selected() const { return num_selected_; }  // per tensor
-  int64_t num_zero_score() const { return num_zero_score_; }  // selected although the score is 0
+  // Counts the scores above the threshold, a bit pattern, and those equal to it.
+  void count(uint32_t threshold);
+  std::vector<int64_t> greater() const { return per_tensor(&Chunk::greater); }  // [tensors]
+  std::vector<int64_t> equal() const { return per_tensor(&Chunk::equal); }      // [tensors]
 
-  // Writes the ascending indices of every tensor; outputs[i] has num_selected()[i] elements, int64
-  // where wide[i] and int32 elsewhere.
-  void emit(const std::vector<void*>& outputs, const std::vector<bool>& wide) const;
+  // After count: writes, ascending, the indices of the greater scores of every tensor and of its
+  // first ties[i] equal ones; outputs[i] has room for them, int64 where wide[i], int32 elsewhere.
+  void emit(const std::vector<int64_t>& ties, const std::vector<void*>& outputs,
+            const std::vector<bool>& wide) const;
 
  private:
   struct Chunk {
-    int64_t tensor, start, length;
-    int64_t first_output = 0;  // position of the chunk's first entry in its tensor's output
-    int64_t ties = 0;          // how many of its scores equal to the threshold are taken
+    int64_t tensor, start;
+    int32_t length;
+    int32_t greater = 0, equal = 0;
   };
-  void cut_into_chunks();
-  bool find_threshold(int64_t k);
-  void count_per_chunk();
+  std::vector<int64_t> per_tensor(int32_t Chunk::* count) const;
 
   std::vector<ScoreTensor> tensors_;
   std::vector<Chunk> chunks_;
-  std::vector<int64_t> num_selected_;
   int num_threads_;
-  uint32_t threshold_ = 0;  // bit pattern of the k-th largest score
-  int64_t num_ties_ = 0;    // how many scores equal to it are taken
-  int64_t num_zero_score_ = 0;
-  int64_t bad_tensor_ = -1, bad_index_ = -1;
+  uint32_t threshold_ = 0;
 };
+
+// The selection on a card.
+constexpr int64_t kTopkScoresPerTile = 8192;  // what a block of the CUDA kernels takes at a time
+
+struct TopkRow {  // one tensor
+  ScoreTensor scores;
+  int64_t first_tile;  // tiles of all tensors before it; a tile is of one tensor
+};
+
+struct TopkParams {
+  const TopkRow* rows;  // [num_tensors], on the device
+  int64_t num_tensors, num_tiles;
+  int64_t scores_per_tile;   // at most kTopkScoresPerTile; less in tests
+  int64_t k;                 // 1 <= k <= number of scores
+  int64_t stream_capacity;   // at most so many scores are set aside for a second look
+  int64_t max_blocks;        // of a grid; 0: all that the card runs at once
+  int64_t max_shared_bytes;  // of a block; 0: all that the card allows
+  void* workspace;       // [topk_mask_workspace_bytes()], on the device, aligned to 8; any content
+  void* indices;         // [k] out: ascending indices of the first tensor, of the second, ...
+  int32_t wide_indices;  // 1 if indices are int64, else int32
+  int32_t zero_bits;     // as many low bits are 0 in every score as fp32: 16 if all are bf16
+};
+
+struct TopkResult {  // the workspace begins with one, and then the number selected of each tensor
+  int64_t bad_tensor, bad_index;  // first score that is NaN or negative, or (-1, -1)
+  int64_t num_zero_score;         // selected although the score is 0
+};
+
+int64_t topk_mask_workspace_bytes(const TopkParams& params);
+
+// The k largest scores as TopkPasses find them, bit for bit. With a bad score nothing is
+// selected. params is read on the host; nothing is allocated and nothing synchronises.
+// Throws std::runtime_error when a launch is refused.
+void topk_mask_cuda(const TopkParams& params, void* stream);
 
 }  // namespace fishfast

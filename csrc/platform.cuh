@@ -67,6 +67,49 @@ inline void check_launch(const char* kernel_name) {
   }
 }
 
+inline void check_status(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would be blamed for it
+  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(status));
+}
+
+// What the card allows. Queries only: none of them waits for the device.
+#ifdef FF_SIM
+
+inline int64_t max_shared_bytes() { return 227 * 1024; }
+
+// Few, so that each of them takes several turns.
+template <class Kernel>
+inline int64_t resident_blocks(Kernel, int, int64_t) {
+  return 3;
+}
+
+#else
+
+// Dynamic shared memory that one block may ask for.
+inline int64_t max_shared_bytes() {
+  int device = 0, bytes = 0;
+  check_status(cudaGetDevice(&device));
+  check_status(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+// How many blocks run at the same time: the grid of a kernel whose blocks loop over their work.
+// Also allows the kernel its dynamic shared memory, which is refused above 48 KB otherwise.
+template <class Kernel>
+inline int64_t resident_blocks(Kernel kernel, int threads, int64_t shared_bytes) {
+  int device = 0, multiprocessors = 0, blocks = 0;
+  check_status(cudaGetDevice(&device));
+  check_status(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  check_status(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+  return int64_t(multiprocessors) * (blocks > 0 ? blocks : 1);
+}
+
+#endif
+
 // Flags between blocks: what a thread wrote before st_release is visible to the thread whose
 // ld_acquire read the flag. T is a 4- or 8-byte unsigned integer. A plain or volatile access gives
 // no such order on the card, and is a data race for the CPU run's ThreadSanitizer.

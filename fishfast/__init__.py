@@ -15,7 +15,7 @@ from fishfast.fisher import Fisher, estimate_fisher
 from fishfast.mask import SparseMask
 from fishfast.sparse_adam import Adam, AdamW
 from fishfast.sparse_sgd import SGD
-from fishfast.topk_mask import top_k_mask
+from fishfast.topk_mask import open_scores, split_mask, top_k_mask
 from fishfast.train_only import SparseTuning, train_only
 
 __version__ = "0.1.0"
@@ -33,8 +33,10 @@ __all__ = [
     "estimate_fisher",
     "load_delta",
     "magnitude_scores",
+    "open_scores",
     "random_mask",
     "save_delta",
+    "split_mask",
     "top_k_mask",
     "train_only",
 ]

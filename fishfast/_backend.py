@@ -23,7 +23,7 @@ __all__ = ["build_info", "choose", "compiled", "num_threads"]
 # What can run each operation on each kind of device, best first.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "fisher": {"cpu": ("cpu", "torch", "triton"), "cuda": ("triton", "torch")},
-    "topk_mask": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    "topk_mask": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_adam": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_sgd": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
 }
@@ -145,7 +145,7 @@ def build_info() -> dict[str, Any]:
 
     Example:
         >>> import fishfast as ff
-        >>> ff.build_info()["operations"]["topk_mask"]["cuda"]
+        >>> ff.build_info()["operations"]["sparse_sgd"]["cuda"]
         'torch'
     """
     extension, _ = _extension()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fishfast._names import split_by_rule
 from fishfast.mask import SparseMask, index_dtype
-from fishfast.topk_mask.budget import budget, everything_of
+from fishfast.topk_mask.budget import Totals, budget, everything_of
 
 __all__ = ["bias_mask", "magnitude_scores", "random_mask"]
 
@@ -77,7 +77,7 @@ def random_mask(
     if operator.index(seed) < 0:
         raise ValueError(f"seed must be at least 0; got {seed}")
     kept, eligible = split_by_rule(list(sizes), keep, exclude, _aliases(model))
-    left = budget(sizes, kept, eligible, density=density, k=k)
+    left = budget(Totals.of(sizes, kept, eligible), kept, density=density, k=k)
     starts = np.cumsum([0] + [sizes[name] for name in eligible])
     chosen = _sample_without_replacement(
         int(starts[-1]), left, np.random.default_rng(operator.index(seed))

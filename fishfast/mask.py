@@ -74,6 +74,23 @@ class SparseMask(Mapping[str, Tensor]):
             self._indices[name] = found.to(index_dtype(prod(shape)), copy=True)
         self.num_zero_score = num_zero_score
 
+    @classmethod
+    def _adopt(
+        cls,
+        indices: dict[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        num_zero_score: int | None,
+    ) -> SparseMask:
+        """Return a mask of indices that a selection made for it, for every shape.
+
+        They are right by construction and nobody else's: neither checked nor copied, as both would
+        take memory of the size of the mask, and on a GPU a wait for each tensor.
+        """
+        mask = cls({}, {}, num_zero_score)
+        mask.shapes = dict(shapes)
+        mask._indices = indices
+        return mask
+
     def __getitem__(self, name: str) -> Tensor:
         return self._indices[name]
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from simt.build import build
+from simt.library import SimtLibrary
 
 import fishfast as ff
 
@@ -42,6 +44,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# --- for test_topk_mask*.py ---
+
+
+@pytest.fixture(scope="session")
+def topk_library(tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
+    """csrc/topk_mask.cu, executed on the CPU."""
+    from simt.topk_mask_backend import SOURCES  # not above: imports the package under test
+
+    return SimtLibrary(build(SOURCES, tmp_path_factory.mktemp("simt") / "topk_mask.so"))
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch, topk_library: SimtLibrary) -> None:
+    """Let ``backend="simulated"`` run the CUDA kernels, and the Python above, on CPU tensors."""
+    from simt.topk_mask_backend import SimulatedTopk, install
+
+    topk_library.schedule(seed=0)
+    install(monkeypatch, SimulatedTopk(topk_library))
+
+
+@pytest.fixture(autouse=True)
+def _simulated_where_asked_for(request: pytest.FixtureRequest) -> None:
+    case = getattr(request.node, "callspec", None)
+    if case is not None and case.params.get("backend") == "simulated":
+        request.getfixturevalue("simulated")
 
 
 # --- for test_delta_*.py ---

@@ -291,3 +291,53 @@ def test_models_without_trainable_parameters_are_refused(make, model):
 def test_what_is_no_module_is_refused(make):
     with pytest.raises(TypeError, match="model must be a torch.nn.Module; got dict"):
         make(dict(small_model().named_parameters()))
+
+
+# ---- rules --------------------------------------------------------------------------------------
+
+
+def every_kind(model, **rules):
+    """A mask of each kind by the same rules."""
+    fisher = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+    return {
+        "fisher": ff.top_k_mask(fisher, **rules),
+        "layers": ff.top_k_mask(fisher, **rules, scope="layer"),
+        "magnitude": ff.top_k_mask(ff.magnitude_scores(model), **rules),
+        "random": ff.random_mask(model, **rules, seed=1),
+        "split": ff.split_mask(fisher, **rules, num_workers=2)[1],
+    }
+
+
+def test_keep_exclude_and_density_mean_the_same_to_every_kind():
+    rules = {"keep": ["head"], "exclude": ["norm.*", "body.bias"]}
+    masks = every_kind(small_model(), density=0.45, **rules)  # 13 of 29, excluded ones included
+    masks["bias"] = ff.bias_mask(small_model(), **rules)
+    for kind, mask in masks.items():
+        assert mask.num_params == 29, kind
+        assert len(mask["head.weight"]) == 6, kind
+        assert len(mask["head.bias"]) == 2, kind
+        outside = len(mask["norm.weight"]) + len(mask["norm.bias"]) + len(mask["body.bias"])
+        assert outside == 0, kind
+        assert mask.num_selected == (8 if kind == "bias" else 13), kind
+
+
+@pytest.mark.parametrize(
+    ("rules", "text"),
+    [
+        ({"k": 5, "keep": "head"}, "k must cover the kept part; got k=5 for 8 kept weights"),
+        ({"k": 9, "keep": "haed"}, "keep entry 'haed' matches no parameter"),
+        ({"k": 9, "exclude": "body.w"}, "exclude entry 'body.w' matches no parameter"),
+        ({"k": 9, "keep": "head", "exclude": "*.bias"}, "must not overlap; both match 'head.bias'"),
+        ({"k": 30}, "k must be from 1 to the number of weights, 29; got 30"),
+    ],
+)
+def test_every_kind_refuses_the_same(rules, text):
+    model = small_model()
+    fisher = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+    for make in (
+        lambda: ff.top_k_mask(fisher, **rules),
+        lambda: ff.random_mask(model, **rules, seed=1),
+        lambda: ff.split_mask(fisher, **rules, num_workers=2),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make()

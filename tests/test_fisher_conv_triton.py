@@ -93,6 +93,15 @@ def test_absolute_values(where, name, dtype) -> None:
 
 
 @pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("power", [1, 2])
+def test_every_sample_begins_its_sum_anew(where, power) -> None:
+    """Whatever f is: several samples in each program."""
+    conv = CONVS["padding"]._replace(batch=13)
+    shape, grad, x = operands(conv, torch.float32)
+    check(where, torch.rand(shape), conv, grad, x, power, num_sms=1)
+
+
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_large_tiles(where, groups, dtype) -> None:

@@ -156,6 +156,14 @@ def test_one_program_walks_through_many_samples(where) -> None:
 
 
 @pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("power", [1, 2])
+def test_every_sample_begins_its_sum_anew(where, power) -> None:
+    """Whatever f is: three samples at least, one of them empty, in each program."""
+    grad, x, starts, ends = operands([3, 0, 5] * 4, 0, 20, 20, torch.float32)
+    check(where, torch.rand(20, 20), grad, x, starts, ends, power, num_sms=1)
+
+
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("num_sms", [1, 8])
 @pytest.mark.parametrize("num_rows", [100, 1])
 def test_transposed_score(where, num_rows, num_sms) -> None:

@@ -1,4 +1,4 @@
-"""The README's example runs as it is written."""
+"""The README's examples run as they are written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 import fishfast as ff
@@ -22,11 +23,15 @@ def _model() -> torch.nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
+def _examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", _README.read_text(), re.DOTALL)
+
+
 def test_the_example_trains_and_its_delta_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", _README.read_text(), re.DOTALL)
+    code, _ = _examples()
     # Four batches of four: num_samples=256 is cut to what this loader has, with a warning.
     loader = [
         {"input_ids": torch.randint(3, 100, (4, 12)), "labels": torch.tensor([0, 1, 0, 1])}
@@ -41,3 +46,27 @@ def test_the_example_trains_and_its_delta_loads(
     ff.load_delta(tmp_path / "task.safetensors").apply_(base)
     trained = model.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in base.state_dict().items())
+
+
+def test_masks_for_workers_from_files_and_over_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, code = _examples()
+    scores = {"body": torch.rand(4000), "classifier.weight": torch.rand(2, 5)}
+    fisher = ff.Fisher(scores, num_samples=1)
+    fisher.save("fisher.safetensors")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        names = {"ff": ff, "fisher": fisher, "shards": scores, "dist": dist}
+        # Each line gives a mask; the last two give the same.
+        *_, split, from_file, together = code.splitlines()
+        exec("\n".join([split, from_file, "of_file = mask", together]), names)
+    finally:
+        dist.destroy_process_group()
+    assert names["mask"] == names["of_file"] == ff.top_k_mask(fisher, density=0.005)
+    assert [mask.num_selected for mask in names["masks"]] == [20] * 4
+    assert all(len(mask["classifier.weight"]) == 10 for mask in names["masks"])
+    assert len(torch.cat([mask["body"] for mask in names["masks"]]).unique()) == 4 * 10

@@ -14,7 +14,8 @@ import pytest
 from simt.build import CSRC, HERE, build
 from simt.library import SimtLibrary
 from simt.run import command_and_environment, missing_runtime
-from simt.samples import SAMPLES, Omit, block_scan, check_all, compact, schedule_of_seed
+from simt.samples import SAMPLES, Omit, block_scan, check_all, compact
+from simt.schedules import schedules
 
 SOURCES = [HERE / "samples.cu", HERE / "planted_bugs.cu", HERE / "planted_bugs_api.cpp"]
 NUM_SEEDS = 40
@@ -93,10 +94,10 @@ def run_samples(mode: str, library: Path, *arguments: str) -> subprocess.Complet
 @pytest.mark.parametrize("name", SAMPLES)
 def test_sample_is_right_under_every_schedule(lib: SimtLibrary, name: str) -> None:
     traces = set()
-    for seed in range(NUM_SEEDS):
-        schedule_of_seed(lib, seed)
-        got, expected = SAMPLES[name](lib, seed)
-        np.testing.assert_array_equal(got, expected, err_msg=f"seed {seed}")
+    for schedule in schedules(NUM_SEEDS):
+        schedule.apply(lib)
+        got, expected = SAMPLES[name](lib, schedule.seed)
+        np.testing.assert_array_equal(got, expected, err_msg=str(schedule))
         traces.add(lib.trace)
     assert len(traces) == NUM_SEEDS  # forty different runs, not one run forty times
 
@@ -119,7 +120,7 @@ def test_compaction_on_two_os_threads(lib: SimtLibrary) -> None:
 
 def test_samples_are_right_with_ucontext(folder: Path) -> None:
     library = build(SOURCES, folder / "ucontext.so", defines=["SIMT_USE_UCONTEXT"])
-    assert check_all(SimtLibrary(library), range(8)) == 8 * len(SAMPLES)
+    assert check_all(SimtLibrary(library), 8) == 8 * len(SAMPLES)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
@@ -165,10 +166,10 @@ def test_deadlock_on_two_os_threads_is_named(lib: SimtLibrary) -> None:
 
 def test_missing_barrier_gives_a_wrong_result(lib: SimtLibrary) -> None:
     results = set()
-    for seed in range(NUM_SEEDS):
-        schedule_of_seed(lib, seed)
+    for schedule in schedules(NUM_SEEDS):
+        schedule.apply(lib)
         got, expected = block_scan(lib, 0, Omit.BARRIER)
-        assert not np.array_equal(got, expected), f"seed {seed} hides the missing barrier"
+        assert not np.array_equal(got, expected), f"{schedule} hides the missing barrier"
         results.add(got.tobytes())
     assert len(results) > 1
 

@@ -1,27 +1,24 @@
 """The shipped CUDA kernel csrc/sparse_adam.cu, executed on the CPU, against the C++ step.
 
 `fishfast.AdamW` runs as it is; only the extension under it is exchanged for one that hands the same
-table of rows to the simulated kernel. Everything must agree bit for bit.
+table of rows to the simulated kernel. Everything must agree bit for bit. test_simt_kernels.py runs
+the kernel alone, under every schedule and sanitizer.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from simt.build import CSRC, HERE, build
 from simt.library import SimtLibrary
+from simt.schedules import schedules
 from simt.sparse_step_backend import SimulatedExtension, simulate
 from torch import nn
 
 import fishfast as ff
-from fishfast import sparse_adam, sparse_rows
+from fishfast import sparse_adam
 
 _SOURCES = [CSRC / "sparse_adam.cu", HERE / "sparse_adam_api.cpp"]
 # One entry, a warp and its neighbours, one chunk of 1,024 and its neighbours, several chunks.
@@ -91,52 +88,7 @@ def test_same_bits_under_forty_schedules(
 ) -> None:
     library.schedule(seed=0)
     expected = _train(torch.bfloat16, 2, lr=1e-2, amsgrad=True)
-    for seed in range(1, 41):
-        library.schedule(seed=seed, resident_blocks=1 + seed % 4, reverse=seed % 2 == 1)
+    for schedule in schedules(40):
+        schedule.apply(library)
         got = _train(torch.bfloat16, 2, lr=1e-2, amsgrad=True)
-        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), seed
-
-
-@pytest.mark.parametrize("mode", ["asan", "tsan"])
-def test_kernel_is_clean_under_sanitizers(mode: str, tmp_path: Path) -> None:
-    """Out-of-bounds accesses, misalignment, overflow (asan) and races (tsan) would end the run."""
-    library = build(_SOURCES, tmp_path / f"{mode}.so", mode=mode)
-    runner = [sys.executable, str(HERE / "run.py"), mode]
-    path = f"{HERE.parent}{os.pathsep}{HERE.parents[1]}"
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*runner, __file__, str(library)], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "clean" in result.stdout
-
-
-def _bare_launches(path: str) -> None:
-    """Tables of numpy arrays, whose memory comes from malloc and so has a sanitizer's red zones."""
-    library = SimtLibrary(path)
-    rng = np.random.default_rng(0)
-    for seed in range(4):
-        library.schedule(seed=seed, resident_blocks=1 + seed, reverse=seed % 2 == 1)
-        counts = [1, 33, 1025]
-        rows = np.zeros(len(counts), sparse_adam._ROW_DTYPE)
-        held = []
-        for row, k in zip(rows, counts, strict=True):
-            weight = rng.standard_normal(2 * k).astype(np.float32)
-            offsets = np.sort(rng.permutation(2 * k)[:k]).astype(np.int32)
-            streams = [np.abs(rng.standard_normal(k)).astype(np.float32) for _ in range(4)]
-            held += [weight, offsets, *streams]
-            row["target"] = (weight.ctypes.data, offsets.ctypes.data, 0, 0)
-            for name, stream in zip(
-                ("grad", "values", "exp_avg", "exp_avg_sq"), streams, strict=True
-            ):
-                row[name] = stream.ctypes.data
-            row["k"] = k
-            row["scalars"] = (0.1, 0.999, 0.001, 1e-8, 1.0, -1e-3, 0.03, 1.0, 1.0, 0.0)
-        table = [(start, r) for r, k in enumerate(counts) for start in range(0, k, 1024)]
-        chunks = np.array(table, sparse_rows.CHUNK_DTYPE)
-        library.call("ff_sparse_adam", rows.view(np.uint8), chunks.view(np.uint8), len(chunks))
-    print("clean")
-
-
-if __name__ == "__main__":
-    _bare_launches(sys.argv[1])
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), schedule

@@ -1,7 +1,8 @@
 """The shipped CUDA kernel csrc/sparse_sgd.cu, executed on the CPU, against the C++ step.
 
 `fishfast.SGD` runs as it is; only the extension under it is exchanged for one that hands the same
-table of rows to the simulated kernel. Everything must agree bit for bit.
+table of rows to the simulated kernel. Everything must agree bit for bit. test_simt_kernels.py runs
+the kernel alone, under every schedule and sanitizer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pytest
 import torch
 from simt.build import CSRC, HERE, build
 from simt.library import SimtLibrary
+from simt.schedules import schedules
 from simt.sparse_step_backend import SimulatedExtension, simulate
 from torch import nn
 
@@ -83,7 +85,7 @@ def test_same_bits_under_forty_schedules(
 ) -> None:
     library.schedule(seed=0)
     expected = _train(torch.bfloat16, 2, momentum=0.9, weight_decay=0.1)
-    for seed in range(1, 41):
-        library.schedule(seed=seed, resident_blocks=1 + seed % 4, reverse=seed % 2 == 1)
+    for schedule in schedules(40):
+        schedule.apply(library)
         got = _train(torch.bfloat16, 2, momentum=0.9, weight_decay=0.1)
-        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), seed
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), schedule

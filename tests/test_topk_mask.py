@@ -13,7 +13,8 @@ from cases import CHUNK, DTYPES, SIZES, VALUES
 
 import fishfast as ff
 
-BACKENDS = ["cpu", "torch"]
+# "simulated": the CUDA kernels and the Python above them, on CPU tensors.
+BACKENDS = ["cpu", "torch", "simulated"]
 
 
 def named(sizes, make, dtype=torch.float32):
@@ -121,7 +122,7 @@ def _few(*shape):
     return torch.randint(0, 7, shape).float()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_ten_thousand_tiny_tensors(backend):
     scores = {f"t{i}": score for i, score in enumerate(_few(20_000).split([1, 3, 0, 4] * 2500))}
     started = time.perf_counter()
@@ -143,27 +144,29 @@ def test_any_number_of_threads_gives_the_same_mask(threads, count):
         assert all(torch.equal(mask[name], expected[name]) for name in scores)
 
 
-def test_backends_agree():
+def test_backends_agree(simulated):
     scores = named([3 * CHUNK + 5, 17, 2 * CHUNK], VALUES[-1].values[0])
     masks = [ff.top_k_mask(scores, density=0.02, backend=backend) for backend in BACKENDS]
-    assert masks[0] == masks[1]
+    assert masks[0] == masks[1] == masks[2]
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("make", [VALUES[0], VALUES[1], VALUES[4]])
-def test_a_smaller_budget_selects_a_subset(make):
-    scores = named([5000, 300, 0, 40_000], make)
-    wide, narrow = (ff.top_k_mask(scores, density=d) for d in (0.02, 0.005))
+def test_a_smaller_budget_selects_a_subset(make, scope):
+    scores = named([5000, 300, 0, 40_000, 77], make)
+    rules = {"scope": scope, "keep": "t4"}
+    wide, narrow = (ff.top_k_mask(scores, density=d, **rules) for d in (0.02, 0.005))
     assert narrow.num_selected == 226
     for name in scores:
         assert set(narrow[name].tolist()) <= set(wide[name].tolist())
 
 
-def test_scores_are_left_as_they_were():
+def test_scores_are_left_as_they_were(simulated):
     scores = named([100, 33], VALUES[0].values[0])
     scores["t0"] = scores["t0"].view(10, 10).T
     before = {name: score.clone() for name, score in scores.items()}
-    ff.top_k_mask(scores, k=10, backend="cpu")
-    ff.top_k_mask(scores, k=10, backend="torch")
+    for backend in BACKENDS:
+        ff.top_k_mask(scores, k=10, backend=backend)
     assert all(torch.equal(scores[name], before[name]) for name in scores)
 
 
@@ -228,10 +231,21 @@ def test_layer_scope_gives_every_tensor_its_share(backend):
     assert mask["c"].tolist() == []
 
 
-def test_layer_scope_hands_the_largest_remainders_what_is_left():
+def test_layer_scope_rounds_shares_to_the_nearest():
     sizes = {"a": 10, "b": 25, "c": 65}  # of 11: 1.1, 2.75, 7.15
     mask = ff.top_k_mask({name: torch.rand(n) for name, n in sizes.items()}, k=11, scope="layer")
     assert [len(found) for found in mask.values()] == [1, 3, 7]
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [6, 6, 2], [0, 5, 90, 3, 0, 12], [43, 1, 2, 3, 4]])
+def test_layer_shares_are_the_highest_claims(sizes):
+    """By 6, 6 and 2, largest remainders give 10 and 11 the shares 4, 4, 2 and 5, 5, 1."""
+    claims = sorted((Fraction(-n, 2 * s + 1), i) for i, n in enumerate(sizes) for s in range(n))
+    scores = {f"t{i}": torch.rand(n) for i, n in enumerate(sizes)}
+    for k in range(1, sum(sizes) + 1):
+        mask = ff.top_k_mask(scores, k=k, scope="layer", backend="torch")
+        met = [i for _, i in claims[:k]]
+        assert [len(found) for found in mask.values()] == [met.count(i) for i in range(len(sizes))]
 
 
 def test_layer_scope_shares_what_keep_leaves():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fishfast._processes import exchange, message_device, raise_failure
 from fishfast.fisher.kind import ScoreKind
 
 __all__ = ["all_reduce_", "announce_failure"]
@@ -50,7 +48,7 @@ def all_reduce_(
         ValueError: the processes have not scored the same, or one has announced a failure; the
             same message in all of them. Nothing was summed.
     """
-    device = _message_device(scores.values(), process_group)
+    device = message_device(scores.values(), process_group)
     kind = ScoreKind.of(scores, fisher_type, power)
     _agree({"kind": kind, "counts": len(counts)}, process_group, device)
     with torch.no_grad():
@@ -73,24 +71,14 @@ def announce_failure(
         scores: what it would have summed.
         process_group: the group.
     """
-    device = _message_device(scores.values(), process_group)
-    _exchange({"failure": f"{type(error).__name__}: {error}"}, process_group, device)
-
-
-def _message_device(scores: Any, process_group: dist.ProcessGroup) -> torch.device:
-    """Where messages are put: one device, whatever the scores are on; gloo's is the CPU."""
-    if dist.get_backend(process_group) in ("gloo", "mpi"):
-        return torch.device("cpu")
-    devices = [score.device for score in scores if score.device.type != "cpu"]
-    return devices[0] if devices else torch.device("cuda", torch.cuda.current_device())
+    device = message_device(scores.values(), process_group)
+    exchange({"failure": f"{type(error).__name__}: {error}"}, process_group, device)
 
 
 def _agree(mine: dict[str, Any], process_group: dist.ProcessGroup, device: torch.device) -> None:
     """Raise the same error in every process unless all say the same."""
-    said = _exchange(mine, process_group, device)
-    for rank, other in enumerate(said):
-        if "failure" in other:
-            raise ValueError(f"rank {rank} of process_group failed; {other['failure']}")
+    said = exchange(mine, process_group, device)
+    raise_failure(said)
     for rank, other in enumerate(said):
         if other != said[0]:
             first, second = (
@@ -102,26 +90,6 @@ def _agree(mine: dict[str, Any], process_group: dist.ProcessGroup, device: torch
                 "every process must score the same parameters in the same way; "
                 + (difference or f"the counts differ in number on rank 0 and rank {rank}")
             )
-
-
-def _exchange(
-    mine: dict[str, Any], process_group: dist.ProcessGroup, device: torch.device
-) -> list[dict[str, Any]]:
-    """Return what every process says; only a hash is sent while all say the same."""
-    text = json.dumps(mine, sort_keys=True).encode()
-    digest = struct.unpack("<4q", hashlib.sha256(text).digest())
-    heads = _gather(torch.tensor([*digest, len(text)], device=device), process_group)
-    if all(torch.equal(head, heads[0]) for head in heads):
-        return [json.loads(text)] * len(heads)
-    padded = text.ljust(max(int(head[-1]) for head in heads))
-    texts = _gather(torch.tensor(list(padded), dtype=torch.uint8, device=device), process_group)
-    return [json.loads(bytes(text.tolist())) for text in texts]
-
-
-def _gather(message: Tensor, process_group: dist.ProcessGroup) -> list[Tensor]:
-    found = [torch.empty_like(message) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(found, message, group=process_group)
-    return [message.cpu() for message in found]
 
 
 def _buckets(scores: Sequence[Tensor]) -> Iterator[list[Tensor]]:

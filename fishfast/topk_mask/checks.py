@@ -7,13 +7,32 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["STORAGE", "check_scores", "refuse", "refuse_bad"]
+from fishfast.topk_mask.stored import StoredScore
+
+__all__ = ["STORAGE", "BadScore", "Scores", "check_scores"]
 
 # Score dtypes, and their codes in csrc/storage.h.
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+Scores = Tensor | StoredScore
 
-def check_scores(scores: Mapping[str, Tensor]) -> torch.device:
+
+class BadScore(Exception):
+    """A NaN or negative score among the tensors of one pass."""
+
+    def __init__(self, tensor: int, index: int, value: float) -> None:
+        super().__init__(tensor, index, value)
+        self.tensor, self.index, self.value = tensor, index, value
+
+    def of(self, name: str, start: int) -> ValueError:
+        """Return the error that names the score; ``start`` is where its tensor was cut."""
+        return ValueError(
+            f"scores must be >= 0 and not NaN; got {self.value} at flat index "
+            f"{start + self.index} of {name!r}"
+        )
+
+
+def check_scores(scores: Mapping[str, Scores]) -> torch.device:
     """Return the device of all scores; refuse what is not a mapping to dense tensors on one."""
     if not isinstance(scores, Mapping):
         raise TypeError(
@@ -24,11 +43,11 @@ def check_scores(scores: Mapping[str, Tensor]) -> torch.device:
         raise ValueError("scores must cover at least one weight; got an empty mapping")
     for name, score in scores.items():
         got: object = None
-        if not isinstance(score, Tensor):
+        if not isinstance(score, (Tensor, StoredScore)):
             got = type(score).__name__
         elif score.dtype not in STORAGE:
             got = score.dtype
-        elif score.layout != torch.strided:
+        elif isinstance(score, Tensor) and score.layout != torch.strided:
             got = score.layout
         if got is not None:
             raise TypeError(
@@ -39,18 +58,3 @@ def check_scores(scores: Mapping[str, Tensor]) -> torch.device:
         listed = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"scores must be on one device; got {listed}; move them with .to()")
     return next(iter(devices))
-
-
-def refuse_bad(name: str, score: Tensor) -> None:
-    """Refuse NaN and negative scores of one tensor."""
-    # min() hands NaN on, and needs no mask of n elements unless there is something to report.
-    if score.numel() and not score.min() >= 0:
-        refuse(name, score, int((~(score >= 0)).flatten().nonzero()[0]))
-
-
-def refuse(name: str, score: Tensor, index: int) -> None:
-    """Raise the error that names the bad score."""
-    value = float(score.flatten()[index])
-    raise ValueError(
-        f"scores must be >= 0 and not NaN; got {value} at flat index {index} of {name!r}"
-    )

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fishfast import _backend
-from fishfast._names import split_by_rule
 from fishfast.mask import SparseMask
-from fishfast.topk_mask.budget import budget, everything_of, shares_by_size
-from fishfast.topk_mask.checks import check_scores, refuse_bad
-from fishfast.topk_mask.select_cpu import select_cpu
-from fishfast.topk_mask.select_torch import select_torch
+from fishfast.topk_mask.budget import Totals, budget, shares_by_size
+from fishfast.topk_mask.checks import Scores
+from fishfast.topk_mask.plan import Plan, make_plan
+from fishfast.topk_mask.radix import Alone, Processes
+from fishfast.topk_mask.ranks import Ranks
+from fishfast.topk_mask.shards import describe, local_scores, refuse_group
 
 __all__ = ["top_k_mask"]
 
 
 def top_k_mask(
-    scores: Mapping[str, Tensor],
+    scores: Mapping[str, Scores],
     *,
     density: float | None = None,
     k: int | None = None,
@@ -26,17 +30,20 @@ def top_k_mask(
     exclude: str | Iterable[str] = (),
     scope: str = "global",
     backend: str = "auto",
+    process_group: dist.ProcessGroup | None = None,
 ) -> SparseMask:
     """Select the k weights with the largest scores.
 
     Three promises: exactly k weights, the k largest of the whole model; ties go to the lowest
     (tensor order, index); indices ascend. The result is the same, bit for bit, on every run,
-    device, backend and number of threads. This is the FISH mask of Sung, Nair and Raffel (NeurIPS
-    2021), section 2.2, with their rule that a new classifier is always in the mask.
+    device and backend, and for any number of threads and processes. This is the FISH mask of Sung,
+    Nair and Raffel (NeurIPS 2021), section 2.2, with their rule that a new classifier is always in
+    the mask.
 
     Args:
-        scores: name -> scores >= 0, fp32, bf16 or fp16, any shapes, contiguous or not (a tensor
-            that is not contiguous is copied, one at a time).
+        scores: name -> scores >= 0, fp32, bf16 or fp16, any shapes, contiguous or not (what is not
+            contiguous is copied, a few megabytes at a time; by ``"cuda"`` as a whole). Or what
+            `open_scores` returns, for scores that are larger than memory.
         density: k as a share of n = all weights in ``scores``, in (0, 1]; k is rounded down, and
             is at least 1.
         k: number of weights; give either ``density`` or ``k``.
@@ -45,19 +52,30 @@ def top_k_mask(
             it has in ``scores``.
         exclude: parameters that are never in the mask; they still count in n.
         scope: ``"global"``, or ``"layer"``: every parameter tensor gets the same share of the
-            budget that ``keep`` leaves, to a weight by largest remainder.
-        backend: ``"auto"``, ``"cpu"`` (compiled) or ``"torch"``.
+            budget that ``keep`` leaves, to a weight by Sainte-Lague's rule. With either, the mask
+            of a smaller budget is a subset of that of a larger one.
+        backend: ``"auto"``, ``"cuda"``, ``"cpu"`` (compiled) or ``"torch"``; with
+            ``process_group`` on CUDA ``"auto"`` is ``"torch"``, and ``"cuda"`` is refused.
+        process_group: the processes that the scores are spread over, gloo or NCCL; every process
+            makes this call, with the same names in the same order and its own rows (dim 0) of
+            each tensor, in the order of the ranks; a process may have none of a tensor's rows.
+            DTensors on a mesh of one dimension are taken as they are, placed as ``Shard(0)`` or as
+            ``Replicate()``, which is counted once. A rank sends 32 KB, 8 bytes per tensor and a
+            few words, whatever n is (``"layer"``: 32 KB per tensor).
 
     Returns:
-        A `SparseMask`. Where fewer than k scores are above zero, zeros fill it up by the tie rule
-        and ``num_zero_score`` counts them.
+        A `SparseMask`. With ``process_group``, of this process's rows: shapes and indices are
+        local, and all processes' masks put together are the mask that one process with all the
+        scores would get; density and k are of all weights. Where fewer than k scores are above
+        zero, zeros fill it up by the tie rule and ``num_zero_score`` counts them.
 
     Raises:
         TypeError: scores that are not a mapping to dense tensors of a dtype above, ``density`` or
             ``k`` that is not a number, ``keep`` or ``exclude`` that is no string or iterable.
         ValueError: NaN or negative scores (in kept and excluded parameters too), scores on several
             devices, ``density`` or ``k`` out of range, both or neither, k smaller than the kept
-            part, an entry that matches nothing.
+            part, an entry that matches nothing; with ``process_group``, also processes that do
+            not ask for the same, and what is refused in one of them, in all.
 
     Example:
         >>> import torch, fishfast as ff
@@ -66,30 +84,58 @@ def top_k_mask(
         >>> {name: found.tolist() for name, found in mask.items()}
         {'a': [0], 'head': [0]}
     """
-    device = check_scores(scores)
-    if scope not in ("global", "layer"):
-        raise ValueError(f"scope must be 'global' or 'layer'; got {scope!r}")
-    kept, eligible = split_by_rule(list(scores), keep, exclude)
-    shapes = {name: tuple(score.shape) for name, score in scores.items()}
-    sizes = {name: score.numel() for name, score in scores.items()}
-    left = budget(sizes, kept, eligible, density=density, k=k)
+    refuse_group(scores, process_group)
 
-    chosen = _backend.choose("topk_mask", device, backend)
-    select = select_cpu if chosen == "cpu" else select_torch
-    groups = {tuple(eligible): left}
+    def plan_of(local: Mapping[str, Scores]) -> Plan:
+        if scope not in ("global", "layer"):
+            raise ValueError(f"scope must be 'global' or 'layer'; got {scope!r}")
+        return make_plan(local, keep, exclude, backend, alone=process_group is None)
+
+    processes: Processes = Alone()
+    if process_group is None:
+        plan = plan_of(scores)
+    else:
+        rules = {"density": repr(density), "k": repr(k), "scope": repr(scope)}
+        plan, processes = _plan_together(scores, plan_of, rules, process_group)
+
+    own = Totals.of(plan.counted_sizes, plan.kept, plan.eligible)
+    totals = Totals(*processes.sum(lambda: torch.tensor(own), 3).tolist())
+    left = budget(totals, plan.kept, density=density, k=k)
+    groups = {tuple(plan.eligible): left}
     if scope == "layer":
-        groups = {(name,): share for name, share in shares_by_size(sizes, eligible, left).items()}
-
+        own_sizes = [plan.counted_sizes[name] for name in plan.eligible]
+        sizes = processes.sum(lambda: torch.tensor(own_sizes, dtype=torch.int64), len(own_sizes))
+        shares = shares_by_size(sizes.tolist(), left)
+        groups = {(name,): share for name, share in zip(plan.eligible, shares, strict=True)}
     groups = {names: count for names, count in groups.items() if count}
-    compared = {name for names in groups for name in names}
-    for name, score in scores.items():
-        if name not in compared:
-            refuse_bad(name, score.detach())
 
-    indices = everything_of(kept, sizes, device)
-    num_zero_score = sum(int((scores[name] == 0).sum()) for name in kept)
+    compared = {name for names in groups for name in names}
+    num_zero_score = processes.run(lambda: plan.check_aside(compared))
+    indices = plan.everything_kept()
     for names, count in groups.items():
-        found, zeros = select(names, [scores[name].detach() for name in names], count)
+        found, zeros = plan.select(names, count, processes)
         indices.update(zip(names, found, strict=True))
         num_zero_score += zeros
-    return SparseMask(indices, shapes, num_zero_score)
+    return plan.mask(indices, num_zero_score)
+
+
+def _plan_together(
+    scores: Mapping[str, Any],
+    plan_of: Callable[[Mapping[str, Scores]], Plan],
+    rules: Mapping[str, str],
+    process_group: dist.ProcessGroup,
+) -> tuple[Plan, Ranks]:
+    """Return this process's plan; raise in every process unless all are to select the same."""
+    tensors = scores.values() if isinstance(scores, Mapping) else ()
+    ranks = Ranks(process_group, [score for score in tensors if isinstance(score, Tensor)])
+
+    def work() -> tuple[dict[str, Any], Plan]:
+        local, replicated = local_scores(scores, process_group)
+        plan = plan_of(local)
+        ranks.replicated = frozenset(replicated)
+        if ranks.rank > 0:  # the copies of the first one are counted
+            plan = replace(plan, uncounted=ranks.replicated)
+        said = {"scores": describe(plan.scores, replicated), "keep": plan.kept}
+        return {**said, "eligible": plan.eligible, **rules}, plan
+
+    return ranks.agree(work), ranks

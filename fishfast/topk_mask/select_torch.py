@@ -1,63 +1,107 @@
-"""The selection in torch operations, on any device."""
+"""The passes of a selection in torch operations, on any device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fishfast.mask import index_dtype
-from fishfast.topk_mask.checks import refuse_bad
+from fishfast.topk_mask.checks import BadScore
 
-__all__ = ["select_torch"]
+__all__ = ["TorchPasses"]
 
-# Scores counted in one histogram: thousands of small tensors share one.
-_JOINED_ELEMENTS = 2**22
-
-
-def select_torch(
-    names: Sequence[str], scores: Sequence[Tensor], k: int
-) -> tuple[list[Tensor], int]:
-    """Return the indices per tensor, and how many have score 0: two digits of the bit pattern."""
-    for name, score in zip(names, scores, strict=True):
-        refuse_bad(name, score)
-    rank, prefix = k, 0
-    for low_digit in (False, True):
-        histogram = torch.zeros(2**16, dtype=torch.int64, device=scores[0].device)
-        for bits in _joined_bits(scores):
-            digit = bits[(bits >> 16) == prefix] & 0xFFFF if low_digit else bits >> 16
-            histogram += torch.bincount(digit, minlength=2**16)
-        from_top = histogram.flip(0).cumsum(0)
-        bin_from_top = int((from_top < rank).sum())
-        if bin_from_top:
-            rank -= int(from_top[bin_from_top - 1])
-        prefix = prefix << 16 | (2**16 - 1 - bin_from_top)
-    threshold, ties_left = prefix, rank
-    indices = []
-    for score in scores:
-        bits = _bits(score)
-        tied = (bits == threshold).nonzero().squeeze(1)[:ties_left]
-        ties_left -= len(tied)
-        found = torch.cat([(bits > threshold).nonzero().squeeze(1), tied]).sort().values
-        indices.append(found.to(index_dtype(score.numel())))
-    return indices, rank if threshold == 0 else 0
+# Scores looked at together: thousands of small tensors share an operation, and what operations
+# make on their way never has the size of a large tensor.
+_RUN_ELEMENTS = 2**22
 
 
-def _joined_bits(scores: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the bit patterns of neighbouring tensors together, up to a size."""
-    held: list[Tensor] = []
-    room = _JOINED_ELEMENTS
-    for score in scores:
-        held.append(_bits(score))
-        room -= score.numel()
-        if room <= 0:
-            yield torch.cat(held)
-            held, room = [], _JOINED_ELEMENTS
-    if held:
-        yield torch.cat(held)
+class _Piece(NamedTuple):
+    tensor: int
+    start: int
+    scores: Tensor
 
 
-def _bits(score: Tensor) -> Tensor:
+class TorchPasses:
+    """`CpuPasses` in torch: the same results, bit for bit, on any device.
+
+    Args:
+        scores: flat, contiguous, on one device; kept while the passes are.
+    """
+
+    def __init__(self, scores: Sequence[Tensor]) -> None:
+        self._num_tensors = len(scores)
+        self._threshold = 0
+        self._runs: list[list[_Piece]] = []
+        room = 0
+        for tensor, score in enumerate(scores):
+            for start in range(0, len(score), _RUN_ELEMENTS):
+                piece = _Piece(tensor, start, score[start : start + _RUN_ELEMENTS])
+                if len(piece.scores) > room:
+                    self._runs.append([])
+                    room = _RUN_ELEMENTS
+                self._runs[-1].append(piece)
+                room -= len(piece.scores)
+
+    def add_histogram(self, counts: Tensor, shift: int, prefix: int) -> None:
+        """Do what `CpuPasses.add_histogram` does."""
+        num_bins = len(counts)
+        top = shift + num_bins.bit_length() - 1
+        found = torch.zeros_like(counts)
+        for run in self._runs:
+            if top == 31:
+                _refuse_bad(run)
+            bits = _bits(run)
+            if top < 31:
+                bits = bits[(bits >> top) == prefix]
+            digits = (bits >> shift) & (num_bins - 1)
+            found += torch.bincount(digits, minlength=num_bins).cpu()
+        counts += found
+
+    def count(self, threshold: int) -> tuple[list[int], list[int]]:
+        """Do what `CpuPasses.count` does."""
+        self._threshold = threshold
+        greater, equal = [0] * self._num_tensors, [0] * self._num_tensors
+        for run in self._runs:
+            bits = _bits(run)
+            last = torch.tensor([len(piece.scores) for piece in run]).cumsum(0) - 1
+            for sums, found in ((greater, bits > threshold), (equal, bits == threshold)):
+                up_to = found.cumsum(0)[last.to(bits.device)].cpu()
+                here = up_to.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+                for piece, number in zip(run, here, strict=True):
+                    sums[piece.tensor] += number
+        return greater, equal
+
+    def emit(self, ties: Sequence[int], outputs: Sequence[Tensor]) -> None:
+        """Do what `CpuPasses.emit` does."""
+        filled, ties_left = [0] * self._num_tensors, list(ties)
+        for piece in (piece for run in self._runs for piece in run):
+            output = outputs[piece.tensor]
+            if filled[piece.tensor] == len(output):
+                continue
+            bits = _bits([piece])
+            taken = bits > self._threshold
+            if ties_left[piece.tensor]:
+                tied = (bits == self._threshold).nonzero().squeeze(1)[: ties_left[piece.tensor]]
+                ties_left[piece.tensor] -= len(tied)
+                taken[tied] = True
+            found = taken.nonzero().squeeze(1) + piece.start
+            output[filled[piece.tensor] :][: len(found)] = found
+            filled[piece.tensor] += len(found)
+
+
+def _bits(run: Sequence[_Piece]) -> Tensor:
     """fp32 bit patterns, which order non-negative floats; -0.0 counts as 0.0."""
-    return score.flatten().float().view(torch.int32) & 0x7FFFFFFF
+    patterns = [piece.scores.float().view(torch.int32) & 0x7FFFFFFF for piece in run]
+    return torch.cat(patterns) if len(patterns) > 1 else patterns[0]
+
+
+def _refuse_bad(run: Sequence[_Piece]) -> None:
+    # min() hands NaN on; fp32 holds every score exactly.
+    if torch.cat([piece.scores.float() for piece in run]).min() >= 0:
+        return
+    for piece in run:
+        if len(bad := (~(piece.scores >= 0)).nonzero()):
+            index = int(bad[0])
+            raise BadScore(piece.tensor, piece.start + index, float(piece.scores[index]))

@@ -71,34 +71,71 @@ def build(
         ValueError: If the mode is not one of the three.
         RuntimeError: If the compiler fails; its message is in the text.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     out = Path(out)
-    common = [*COMMON_FLAGS, *_fused_multiply_add_flag(), f"-I{HERE}", f"-I{CSRC}"]
-    common += [f"-D{define}" for define in defines]
     with tempfile.TemporaryDirectory() as folder:
-        # As one file the runtime compiles in half the time: its headers are most of the work.
-        runtime = Path(folder, "runtime.cpp")
-        runtime.write_text("".join(f'#include "{name}"\n' for name in RUNTIME_SOURCES))
-        # It comes first: of an inline function compiled twice the linker keeps the first, which has
-        # to be the uninstrumented one.
-        jobs = [(runtime, RUNTIME_FLAGS[mode])]
-        jobs += [(Path(source), KERNEL_FLAGS[mode]) for source in kernel_sources]
-        objects = [str(Path(folder, f"{i}_{job[0].stem}.o")) for i, job in enumerate(jobs)]
+        jobs = [(None, Path(folder, "runtime.o"))]
+        jobs += [(Path(source), Path(folder, f"{i}.o")) for i, source in enumerate(kernel_sources)]
 
-        def compile_one(i: int) -> None:
-            source, flags = jobs[i]
-            _run([compiler(), *common, *flags, "-x", "c++", "-c", str(source), "-o", objects[i]])
+        def compile_one(job: tuple[Path | None, Path]) -> Path:
+            source, object_file = job
+            if source is None:
+                return compile_runtime(object_file, mode, defines)
+            return compile_kernel(source, object_file, mode, defines)
 
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            list(pool.map(compile_one, range(len(jobs))))
-        _run([compiler(), "-shared", *LINK_FLAGS[mode], *objects, "-o", str(out), "-pthread"])
+            return link(list(pool.map(compile_one, jobs)), out, mode)
+
+
+def compile_kernel(
+    source: Path,
+    object_file: Path,
+    mode: str = "plain",
+    defines: Sequence[str] = (),
+    more_flags: Sequence[str] = (),
+) -> Path:
+    """Compile one `.cu` or `.cpp` file; returns the object file.
+
+    Headers are looked for beside the source first, then in csrc/.
+    """
+    _check_mode(mode)
+    return _compile(source, object_file, [*KERNEL_FLAGS[mode], *more_flags], defines)
+
+
+def compile_runtime(object_file: Path, mode: str = "plain", defines: Sequence[str] = ()) -> Path:
+    """Compile the runtime; returns the object file."""
+    _check_mode(mode)
+    # As one file the runtime compiles in half the time: its headers are most of the work.
+    source = object_file.with_suffix(".cpp")
+    source.write_text("".join(f'#include "{name}"\n' for name in RUNTIME_SOURCES))
+    return _compile(source, object_file, RUNTIME_FLAGS[mode], defines)
+
+
+def link(objects: Sequence[Path], out: Path, mode: str = "plain") -> Path:
+    """Link a library; returns its path.
+
+    The runtime's object comes first: of an inline function compiled twice the linker keeps the
+    first, which has to be the uninstrumented one.
+    """
+    files = [str(path) for path in objects]
+    _run([compiler(), "-shared", *LINK_FLAGS[mode], *files, "-o", str(out), "-pthread"])
     return out
 
 
 def compiler() -> str:
     """Return the C++ compiler: the environment's CXX, else g++."""
     return os.environ.get("CXX", "g++")
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+
+
+def _compile(source: Path, object_file: Path, flags: Sequence[str], defines: Sequence[str]) -> Path:
+    common = [*COMMON_FLAGS, *_fused_multiply_add_flag(), f"-I{HERE}", f"-I{CSRC}"]
+    common += [f"-D{define}" for define in defines]
+    _run([compiler(), *common, *flags, "-x", "c++", "-c", str(source), "-o", str(object_file)])
+    return object_file
 
 
 def _fused_multiply_add_flag() -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .library import SimtLibrary
+from .schedules import schedules
 
 TILE = 256  # kThreads of samples.cu
 
@@ -27,11 +28,6 @@ class Omit(enum.IntEnum):
     FENCE = 2
     TILE_COUNTER = 3
     SYNC_WARP = 4
-
-
-def schedule_of_seed(lib: SimtLibrary, seed: int) -> None:
-    """Set a schedule that varies everything with the seed; seed 0 is in order."""
-    lib.schedule(seed=seed, resident_blocks=1 + seed % 4, reverse=seed // 4 % 2 == 1)
 
 
 def uint32s(seed: int, size: int) -> np.ndarray:
@@ -151,8 +147,8 @@ SAMPLES: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
 }
 
 
-def check_all(lib: SimtLibrary, seeds: range) -> int:
-    """Run every correct sample under every seed.
+def check_all(lib: SimtLibrary, num_schedules: int) -> int:
+    """Run every correct sample under every schedule.
 
     Returns:
         The number of runs.
@@ -160,19 +156,19 @@ def check_all(lib: SimtLibrary, seeds: range) -> int:
     Raises:
         AssertionError: If a result is wrong.
     """
-    for seed in seeds:
-        schedule_of_seed(lib, seed)
+    for schedule in schedules(num_schedules):
+        schedule.apply(lib)
         for name, sample in SAMPLES.items():
-            got, expected = sample(lib, seed)
-            np.testing.assert_array_equal(got, expected, err_msg=f"{name}, seed {seed}")
-    return len(seeds) * len(SAMPLES)
+            got, expected = sample(lib, schedule.seed)
+            np.testing.assert_array_equal(got, expected, err_msg=f"{name}, {schedule}")
+    return num_schedules * len(SAMPLES)
 
 
 def main() -> None:
     """Run all samples, or one bug, and say so on stdout."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("library")
-    parser.add_argument("seeds", nargs="?", type=int, default=1)
+    parser.add_argument("schedules", nargs="?", type=int, default=1)
     parser.add_argument("--bug", help="a kernel of planted_bugs.cu")
     parser.add_argument("--sample", choices=SAMPLES, help="with --omit: one sample without a line")
     parser.add_argument("--omit", type=lambda name: Omit[name.upper()], default=Omit.NOTHING)
@@ -183,11 +179,11 @@ def main() -> None:
         # 64 elements; the array ends where they end.
         lib.call("ff_planted_bug", arguments.bug, np.zeros(64, np.int32), 64)
     elif arguments.sample:
-        for seed in range(arguments.seeds):
-            schedule_of_seed(lib, seed)
-            SAMPLES[arguments.sample](lib, seed, arguments.omit)
+        for schedule in schedules(arguments.schedules):
+            schedule.apply(lib)
+            SAMPLES[arguments.sample](lib, schedule.seed, arguments.omit)
     else:
-        print(f"{check_all(lib, range(arguments.seeds))} runs are right")
+        print(f"{check_all(lib, arguments.schedules)} runs are right")
 
 
 if __name__ == "__main__":
