@@ -32,6 +32,7 @@ _WORD_IS_ALL = (
 )
 
 EQUIVALENT: tuple[Equivalent, ...] = (
+    Equivalent("sparse_adam.h", ">= -> >", "adam_maximum", "Of two equal moments either will do."),
     Equivalent(
         "ordered_scan.cuh",
         "st_release -> mutants::relaxed_store",
