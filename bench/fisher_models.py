@@ -239,12 +239,12 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "cpu": {
         "bert": {"layers": 4, "hidden": 512, "heads": 8, "vocab": 30522, "length": 128,
-                 "batch_size": 8, "batches": 4},
+                 "batch_size": 8, "batches": 16},
         "llama": {"layers": 4, "hidden": 512, "heads": 8, "intermediate": 1376, "vocab": 8000,
-                  "length": 128, "batch_size": 4, "batches": 4},
+                  "length": 128, "batch_size": 4, "batches": 16},
         "resnet": {"layer": "basic", "depths": [2, 2, 2, 2], "widths": [64, 128, 256, 512],
-                   "side": 64, "batch_size": 16, "batches": 4},
-        "convnet": {"widths": [64, 64, 128, 128], "side": 32, "batch_size": 32, "batches": 4},
+                   "side": 64, "batch_size": 16, "batches": 16},
+        "convnet": {"widths": [64, 64, 128, 128], "side": 32, "batch_size": 32, "batches": 16},
     },
     "gpu": {
         # BERT-large, TinyLlama (1.1 B parameters), ResNet-50.

@@ -1,0 +1,108 @@
+"""What got slower between two JSON files of one machine: ``python bench/compare.py OLD NEW``.
+
+Takes what ``pytest --benchmark-json`` writes and what ``bench/results`` keeps. A case is slower
+where its median grew by more than ``--tolerance`` and its middle 60 % (p20 to p80) lies above that
+of before: a busy machine has a wide middle. Exits with 1 if anything is slower.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from tabulate import tabulate
+
+__all__ = ["Change", "changes", "main", "read"]
+
+# What a time depends on, beside the code.
+_SAME_MACHINE = ("device", "driver", "threads", "rehearsal")
+
+
+class Change(NamedTuple):
+    """One case in both files; times in microseconds."""
+
+    name: str
+    old: float
+    new: float
+    verdict: str
+
+    @property
+    def ratio(self) -> float:
+        """New time over old time."""
+        return self.new / self.old
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the machine and the figures of each case.
+
+    Args:
+        path: a JSON file of benchmarks.
+
+    Raises:
+        click.ClickException: the file has no figures of ours.
+    """
+    try:
+        content = json.loads(path.read_text())
+        figures = {b["name"]: b.get("extra_info", b) for b in content["benchmarks"]}
+        machine = content["machine"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise click.ClickException(f"{path} has no benchmark figures: {error!r}") from error
+    return machine, {name: f for name, f in figures.items() if "median_us" in f}
+
+
+def changes(
+    old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], tolerance: float
+) -> list[Change]:
+    """Return every case that both have, what got slower first.
+
+    Args:
+        old: figures of `read`.
+        new: figures of `read`.
+        tolerance: the part by which a median may grow.
+    """
+    found = []
+    for name in old.keys() & new.keys():
+        before, after = old[name], new[name]
+        ratio = after["median_us"] / before["median_us"]
+        if ratio > 1 + tolerance and after["p20_us"] > before["p80_us"]:
+            verdict = "slower"
+        elif ratio < 1 / (1 + tolerance) and after["p80_us"] < before["p20_us"]:
+            verdict = "faster"
+        else:
+            verdict = "same"
+        found.append(Change(name, before["median_us"], after["median_us"], verdict))
+    return sorted(found, key=lambda change: (-change.ratio, change.name))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), default=0.05, show_default=True,
+    help="By what part a median may grow.",
+)  # fmt: skip
+@click.pass_context
+def main(context: click.Context, old: Path, new: Path, tolerance: float) -> None:
+    """Print what got slower from OLD to NEW, two JSON files of one machine."""
+    (old_machine, old_figures), (new_machine, new_figures) = read(old), read(new)
+    for key in _SAME_MACHINE:
+        if old_machine.get(key) != new_machine.get(key):
+            click.echo(f"not one machine: {key} {old_machine.get(key)} / {new_machine.get(key)}")
+    found = changes(old_figures, new_figures, tolerance)
+    rows = [(c.name, f"{c.old:.4g}", f"{c.new:.4g}", f"{c.ratio:.2f}", c.verdict) for c in found]
+    headers = ("case", f"us at {old_machine.get('commit')}", f"us at {new_machine.get('commit')}",
+               "new/old", "")  # fmt: skip
+    click.echo(tabulate(rows, headers=headers, disable_numparse=True))
+    for path, missing in ((new, old_figures.keys() - new_figures.keys()),
+                          (old, new_figures.keys() - old_figures.keys())):  # fmt: skip
+        for name in sorted(missing):
+            click.echo(f"not in {path.name}: {name}")
+    slower = [change for change in found if change.verdict == "slower"]
+    click.echo(f"{len(slower)} of {len(found)} cases slower")
+    context.exit(1 if slower else 0)
+
+
+if __name__ == "__main__":
+    main()
