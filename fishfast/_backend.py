@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -68,8 +69,17 @@ def _warn_once(reason: str, wanted: str, chosen: str) -> None:
         f"fishfast: the {wanted!r} backend is not available ({reason}); {chosen!r} runs instead, "
         "with the same masks and steps to an ulp, but slower. See fishfast.build_info().",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=_frames_to_caller(),
     )
+
+
+def _frames_to_caller() -> int:
+    """Return the stack level of the code that called fishfast, for the warning of `_warn_once`."""
+    frame, level = sys._getframe(1), 1
+    here = str(Path(__file__).parent) + os.sep
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @functools.cache

@@ -219,3 +219,14 @@ def test_without_the_extension_all_works_and_one_warning_tells(
     assert all(by_device["cpu"] == "torch" for by_device in info["operations"].values())
     assert "backend 'cpu' was asked for but cannot run: " in by_name
     assert reason in by_name
+
+
+def test_the_warning_points_at_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_why_not", lambda name, _="": "" if name == "torch" else "off")
+        _backend, "_why_not", lambda name, kind="": "" if name == "torch" else "off"
+    )
+    _backend._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="'torch' runs instead") as told:
+        ff.top_k_mask({"w": torch.rand(5)}, k=2)
+    assert told[0].filename == __file__
+    _backend._warn_once.cache_clear()

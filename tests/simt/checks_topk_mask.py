@@ -44,20 +44,23 @@ class Case:
 
 MIXED = ((0, "fp32"), (500, "fp32"), (33, "bf16"), (1, "fp16"), (0, "bf16"), (800, "fp16"))
 BF16 = ((1500, "bf16"), (1, "bf16"), (31, "bf16"))
-TINY = tuple((i % 4, STORAGE[i % 3]) for i in range(16))
+TINY = tuple((2 * (i % 5 > 0), STORAGE[i % 3]) for i in range(26))
 LONG = ((40_000, "fp32"),)
+FULL = ((4096, "fp32"), (70_000, "fp32"))
 # Nine, so that each meets all eight kinds of schedule in turn. Narrow digits, where not said: wide
 # ones cost a block 32,768 words to clear.
 CASES = (
     Case(MIXED, "random", 0.05, tile=40, stream=10_000),  # 35 tiles: a warp looks back twice
     Case(MIXED, "ties", 0.5, tile=129, stream=10_000, wide=True),
     Case(MIXED, "ties", 0.3, tile=257, stream=0, max_blocks=4),  # nothing is set aside
-    Case(BF16, "random", 0.1, tile=300, stream=0),
+    Case(BF16, "random", 0.1, tile=300, stream=10_000, shared_bytes=0),  # one digit, no stream
     Case(LONG, "zeros", 0.4, tile=8192, stream=40_000),
-    Case(MIXED, "random", 0.2, tile=99, stream=10_000, bad=(1299, 503)),
-    Case(TINY, "random", 1.0, tile=2, stream=100),
+    # The first and the last bad score are one thread's, where it has both tiles.
+    Case(MIXED, "random", 0.2, tile=99, stream=10_000, bad=(1299, 104, 737)),
+    Case(TINY, "ties", 1.0, tile=2, stream=100),  # the stream has as many tiles as the scores
     Case(MIXED, "one bin", 0.1, tile=600, stream=10_000, shared_bytes=0),
-    Case(LONG, "equal", 0.999, tile=8192, stream=0, shared_bytes=0),
+    # One block's counter comes to exactly half of its range within a turn, then past all of it.
+    Case(FULL, "equal", 0.999, tile=8192, stream=0, max_blocks=1, shared_bytes=0),
 )
 
 
@@ -69,11 +72,13 @@ def scores_of(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
             "random": lambda size: rng.lognormal(0, 3, size),
             "ties": lambda size: rng.integers(0, 4, size) / 4,
             "zeros": lambda size: np.where(rng.random(size) < 0.9, 0, rng.random(size)),
-            "equal": lambda size: np.full(size, 0.7),
+            # Its bin is even: what its counter borrows is missed by that of the next higher bin.
+            "equal": lambda size: np.full(size, 0.696),
             "one bin": lambda size: 1 + rng.random(size) / 1000,
         }[case.values](size).astype(np.float32)
-        values[rng.random(size) < 0.01] = -0.0
-        values[rng.random(size) < 0.005] = np.inf
+        if case.values != "equal":
+            values[rng.random(size) < 0.01] = -0.0
+            values[rng.random(size) < 0.005] = np.inf
         bits = values.view(np.uint32)
         if dtype == "bf16":
             tensors.append((bits >> 16).astype(np.uint16))
