@@ -252,8 +252,12 @@ class SparseOptimizer(Optimizer, ABC):
         Raises:
             ValueError: the state of another mask. Nothing was changed.
         """
-        self._refuse_other_shapes(state_dict)
-        super().load_state_dict(state_dict)
+        # The last of the hooks: it sees what the user's own made of the state.
+        last = self.register_load_state_dict_pre_hook(lambda _, state: self._check_shapes(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
         for group in self.param_groups:  # how torch ran it is not how this optimizer runs
             group.update(dict.fromkeys(_UNSUPPORTED.keys() & group.keys(), False))
         for parameter in parameters_in_order(self):
@@ -267,7 +271,7 @@ class SparseOptimizer(Optimizer, ABC):
                     state[name] = value.clone(memory_format=torch.contiguous_format)
         take_masters(self)
 
-    def _refuse_other_shapes(self, state_dict: dict[str, Any]) -> None:
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """The compiled step trusts that state is as long as its parameter."""
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
         for index, parameter in zip(saved, parameters_in_order(self), strict=False):

@@ -129,6 +129,35 @@ def test_how_torch_runs_a_step_does_not_matter(make: Make, option: str) -> None:
 
 
 @MAKERS
+def test_load_hook_may_convert_the_state(make: Make) -> None:
+    # Saved flat and padded, as some shard it; the hook cuts it to size.
+    weights = random_tensors((9, 5))
+    series = gradients_over_time(weights, steps=3)
+    first, second = (tune(weights, [torch.arange(45)]) for _ in range(2))
+    optimizer, other = make(first.parameters()), make(second.parameters())
+    steps_of_ours(first, optimizer, series[:1])
+    steps_of_ours(second, make(second.parameters()), series[:1])
+    padded = copy.deepcopy(optimizer.state_dict())
+    for name, value in padded["state"][0].items():
+        if value.dim():
+            padded["state"][0][name] = torch.cat([value, torch.ones(3)])
+
+    def cut(_: Any, state: dict[str, Any]) -> None:
+        state["state"] = {
+            index: {name: value[:45] if value.dim() else value for name, value in entry.items()}
+            for index, entry in state["state"].items()
+        }
+
+    with pytest.raises(ValueError, match="state_dict must fit the parameters"):
+        other.load_state_dict(padded)
+    other.register_load_state_dict_pre_hook(cut)
+    other.load_state_dict(padded)
+    steps_of_ours(first, optimizer, series[1:])
+    steps_of_ours(second, other, series[1:])
+    assert_state(second.model, state_of(first.model))
+
+
+@MAKERS
 def test_loaded_state_is_a_copy(make: Make) -> None:
     weights = random_tensors((9, 5))
     series = gradients_over_time(weights, steps=3)
