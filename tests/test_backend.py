@@ -223,8 +223,6 @@ def test_without_the_extension_all_works_and_one_warning_tells(
 
 def test_the_warning_points_at_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "_why_not", lambda name, _="": "" if name == "torch" else "off")
-        _backend, "_why_not", lambda name, kind="": "" if name == "torch" else "off"
-    )
     _backend._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="'torch' runs instead") as told:
         ff.top_k_mask({"w": torch.rand(5)}, k=2)
