@@ -141,8 +141,15 @@ class DeviceGuard {
 void adam_cuda(uintptr_t rows, uintptr_t chunks, int64_t num_chunks, int device, uintptr_t stream) {
   require_address((rows != 0 && chunks != 0) || num_chunks == 0, "the table of rows or chunks");
   DeviceGuard guard(device);
-  sparse_adam_cuda(pointer<SparseAdamRow>(rows), pointer<AdamChunk>(chunks), num_chunks,
+  sparse_adam_cuda(pointer<SparseAdamRow>(rows), pointer<StepChunk>(chunks), num_chunks,
                    pointer<void>(stream));
+}
+
+void sgd_cuda(uintptr_t rows, uintptr_t chunks, int64_t num_chunks, int device, uintptr_t stream) {
+  require_address((rows != 0 && chunks != 0) || num_chunks == 0, "the table of rows or chunks");
+  DeviceGuard guard(device);
+  sparse_sgd_cuda(pointer<SparseSgdRow>(rows), pointer<StepChunk>(chunks), num_chunks,
+                  pointer<void>(stream));
 }
 
 int64_t topk_workspace_bytes(uintptr_t params) {
@@ -174,7 +181,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
 
   m.attr("SPARSE_ADAM_ROW_BYTES") = sizeof(SparseAdamRow);
-  m.attr("ADAM_ENTRIES_PER_CHUNK") = kAdamEntriesPerChunk;
+  m.attr("ENTRIES_PER_STEP_CHUNK") = kEntriesPerStepChunk;
   m.def("fisher_linear_cpu", &linear_cpu, py::arg("score"), py::arg("grad"), py::arg("x"),
         py::arg("starts"), py::arg("ends"), py::arg("sizes"), py::arg("strides"), py::arg("power"),
         py::arg("num_threads"));
@@ -192,6 +199,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FISHFAST_WITH_CUDA
   m.def("cuda_device_count", &cuda_device_count);
   m.def("sparse_adam_cuda", &adam_cuda, py::arg("rows"), py::arg("chunks"), py::arg("num_chunks"),
+        py::arg("device"), py::arg("stream"));
+  m.def("sparse_sgd_cuda", &sgd_cuda, py::arg("rows"), py::arg("chunks"), py::arg("num_chunks"),
         py::arg("device"), py::arg("stream"));
   m.attr("TOPK_ROW_BYTES") = sizeof(TopkRow);
   m.attr("TOPK_PARAMS_BYTES") = sizeof(TopkParams);

@@ -19,40 +19,43 @@ struct ScatterTarget {
   int32_t wide_offsets;  // 1 if offsets are int64
 };
 
+// ---- optimizers on CUDA -----------------------------------------------------------------------
+
+struct StepChunk {  // what one block works on
+  int64_t start;    // first entry within the row
+  int64_t row;
+};
+constexpr int64_t kEntriesPerStepChunk = 1024;
+
 // ---- sparse_adam ------------------------------------------------------------------------------
 
 struct AdamScalars {  // all in fp32, rounded once from Python's doubles
   float one_minus_beta1, beta2, one_minus_beta2, eps;
-  float decay;               // 1 - lr * weight_decay
+  float decay;               // 1 - lr * weight_decay when it is decoupled, else 1
   float negative_step_size;  // -lr / (1 - beta1^t)
   float bias_correction2_sqrt;
   float grad_scale;  // divides the gradient (a loss scale), 1 if there is none
   float grad_sign;   // -1 to maximize
-  float padding;
+  float l2_penalty;  // weight decay of Adam, added to the gradient; 0 when it is decoupled
 };
 
 struct SparseAdamRow {  // one compact parameter; a table of rows is one launch
   ScatterTarget target;
-  const float* grad;  // [k]
-  float* values;      // [k] fp32 masters
-  float* exp_avg;     // [k]
-  float* exp_avg_sq;  // [k]
+  const float* grad;      // [k]
+  float* values;          // [k] fp32 masters
+  float* exp_avg;         // [k]
+  float* exp_avg_sq;      // [k]
+  float* max_exp_avg_sq;  // [k], null without amsgrad
   int64_t k;
   AdamScalars scalars;
 };
 
-// Updates values, exp_avg and exp_avg_sq in place and writes the rounded values into the weights.
+// Updates values and moments in place and writes the rounded values into the weights.
 void sparse_adam_cpu(const SparseAdamRow* rows, int64_t num_rows, int num_threads);
-
-struct AdamChunk {  // what one block of the CUDA kernel works on
-  int64_t start;    // first entry within the row
-  int64_t row;
-};
-constexpr int64_t kAdamEntriesPerChunk = 1024;
 
 // rows and chunks live on the device; nothing is allocated and nothing synchronises.
 // Throws std::runtime_error when the launch is refused.
-void sparse_adam_cuda(const SparseAdamRow* rows, const AdamChunk* chunks, int64_t num_chunks,
+void sparse_adam_cuda(const SparseAdamRow* rows, const StepChunk* chunks, int64_t num_chunks,
                       void* stream);
 
 // ---- sparse_sgd -------------------------------------------------------------------------------
@@ -73,7 +76,12 @@ struct SparseSgdRow {
   SgdScalars scalars;
 };
 
+// Updates values and momentum_buffer in place and writes the rounded values into the weights.
 void sparse_sgd_cpu(const SparseSgdRow* rows, int64_t num_rows, int num_threads);
+
+// As sparse_adam_cuda.
+void sparse_sgd_cuda(const SparseSgdRow* rows, const StepChunk* chunks, int64_t num_chunks,
+                     void* stream);
 
 // ---- fisher_linear ----------------------------------------------------------------------------
 

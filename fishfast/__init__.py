@@ -15,7 +15,7 @@ from fishfast.delta import Delta, load_delta, save_delta
 from fishfast.fish_model import FishTuning, from_pretrained, get_fish_model
 from fishfast.fisher import Fisher, estimate_fisher
 from fishfast.mask import SparseMask
-from fishfast.sparse_adam import AdamW
+from fishfast.sparse_adam import Adam, AdamW
 from fishfast.sparse_sgd import SGD
 from fishfast.topk_mask import open_scores, split_mask, top_k_mask
 from fishfast.train_only import train_only
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "Adam",
     "AdamW",
     "Delta",
     "FishConfig",

@@ -26,7 +26,7 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "fisher": {"cpu": ("cpu", "torch", "triton"), "cuda": ("triton", "torch")},
     "topk_mask": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_adam": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
-    "sparse_sgd": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    "sparse_sgd": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
 }
 _MIN_TRITON = (3, 6)
 

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,13 +14,35 @@ from fishfast import _backend
 from fishfast.compact import CompactParameter, Target, refuse_retired
 from fishfast.masters import add_masters, parameters_in_order, take_masters
 
-__all__ = ["TARGET_DTYPE", "SparseOptimizer", "Update", "fill_targets"]
+__all__ = ["SparseOptimizer", "Update", "require_not_negative"]
 
-# csrc/launch.h, struct ScatterTarget; the storage codes are csrc/storage.h's.
-TARGET_DTYPE = np.dtype(
-    [("weight", "<u8"), ("offsets", "<u8"), ("storage", "<i4"), ("wide_offsets", "<i4")]
-)
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Dtypes that a masked weight may have.
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Options of torch's optimizers that change what a step is, and why there are none here.
+_UNSUPPORTED = {
+    "capturable": "learning rate and step count are read on the host; step outside the CUDA graph",
+    "differentiable": "weights are written in place, past autograd",
+}
+
+
+def require_not_negative(**options: float | Tensor) -> None:
+    """Check numbers, or tensors with one element.
+
+    Args:
+        **options: the value of each option.
+
+    Raises:
+        ValueError: a negative number, NaN, or a tensor with another number of elements.
+    """
+    for name, value in options.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a number or a tensor with one element; got shape "
+                f"{tuple(value.shape)}"
+            )
+        if not float(value) >= 0:
+            raise ValueError(f"{name} must be at least 0; got {value}")
 
 
 class Update:
@@ -53,7 +74,7 @@ class Update:
         self.weight = None if self.target is None else self.target.weight()
         if isinstance(values, CompactParameter):
             values.follow_()
-        if self.weight is not None and self.weight.dtype not in _STORAGE:
+        if self.weight is not None and self.weight.dtype not in _WEIGHT_DTYPES:
             raise RuntimeError(
                 "masked weights must be float32, bfloat16 or float16; the model was moved to "
                 f"{self.weight.dtype} after train_only"
@@ -81,7 +102,7 @@ class Update:
 
 
 class SparseOptimizer(Optimizer, ABC):
-    """Base of `AdamW` and `SGD`: checks, loss scaling, masters in the state dict.
+    """Base of `Adam`, `AdamW` and `SGD`: checks, loss scaling, masters in the state dict.
 
     Args:
         params: compact parameters from ``tuned.parameters()``; plain contiguous fp32 parameters
@@ -91,6 +112,7 @@ class SparseOptimizer(Optimizer, ABC):
     """
 
     _operation: str  # key of the backend table
+    _former_options: dict[str, Any]  # what a state without one of these options means
     _step_supports_amp_scaling = True  # GradScaler hands over found_inf and grad_scale
 
     def __init__(
@@ -107,6 +129,13 @@ class SparseOptimizer(Optimizer, ABC):
             for parameter in group["params"]:
                 _backend.choose(self._operation, parameter.device, backend)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle, copy or load a state; an older one may lack options."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self._former_options.items():
+                group.setdefault(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy with the backend, which torch's own list of attributes leaves out."""
         return {**super().__getstate__(), "_backend": self._backend}
@@ -118,9 +147,14 @@ class SparseOptimizer(Optimizer, ABC):
             param_group: as for any torch optimizer.
 
         Raises:
-            ValueError: a trainable parameter of another dtype, or one that is not contiguous.
+            ValueError: a trainable parameter of another dtype, one that is not contiguous, or an
+                option that this optimizer does not have.
         """
         held = len(self.param_groups)
+        options = {**self.defaults, **param_group}
+        for name, reason in _UNSUPPORTED.items():
+            if options.get(name):
+                raise ValueError(f"{name} must be False; got {options[name]}: {reason}")
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             if not parameter.requires_grad or isinstance(parameter, CompactParameter):
@@ -143,9 +177,12 @@ class SparseOptimizer(Optimizer, ABC):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient or weight that cannot be updated; nothing was changed.
+            RuntimeError: a gradient or weight that cannot be updated, or a CUDA graph that is being
+                captured; nothing was changed.
         """
         refuse_retired(parameters_in_order(self))
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"step() cannot be captured: {_UNSUPPORTED['capturable']}")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,16 +253,26 @@ class SparseOptimizer(Optimizer, ABC):
         Raises:
             ValueError: the state of another mask. Nothing was changed.
         """
-        self._refuse_other_shapes(state_dict)
-        super().load_state_dict(state_dict)
+        # The last of the hooks: it sees what the user's own made of the state.
+        last = self.register_load_state_dict_pre_hook(lambda _, state: self._check_shapes(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        for group in self.param_groups:  # how torch ran it is not how this optimizer runs
+            group.update(dict.fromkeys(_UNSUPPORTED.keys() & group.keys(), False))
         for parameter in parameters_in_order(self):
             state = self.state.get(parameter, {})
             for name, value in state.items():
-                if isinstance(value, Tensor):  # torch's state has its parameter's strides
-                    state[name] = value.contiguous()
+                if name == "step":  # a number in old states; on the GPU with capturable or fused
+                    state[name] = torch.as_tensor(value, dtype=torch.float32).cpu().clone()
+                elif isinstance(value, Tensor):
+                    # A copy, or a live optimizer's state would move with this one's. torch's has
+                    # its parameter's strides.
+                    state[name] = value.clone(memory_format=torch.contiguous_format)
         take_masters(self)
 
-    def _refuse_other_shapes(self, state_dict: dict[str, Any]) -> None:
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """The compiled step trusts that state is as long as its parameter."""
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
         for index, parameter in zip(saved, parameters_in_order(self), strict=False):
@@ -236,36 +283,3 @@ class SparseOptimizer(Optimizer, ABC):
                         f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}; "
                         "was it saved with another mask?"
                     )
-
-
-def fill_targets(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
-    """Fill the columns that every optimizer's rows have.
-
-    Args:
-        rows: records with ``target``, ``grad``, ``values`` and ``k``.
-        updates: one per row.
-
-    Returns:
-        Tensors whose addresses the rows hold; keep them until the launch.
-    """
-    held: list[Tensor] = []
-    targets = []
-    for update in updates:
-        if update.target is None or update.weight is None:
-            targets.append((0, 0, 0, 0))
-            continue
-        offsets = update.target.offsets()
-        held.append(offsets)
-        targets.append(
-            (
-                update.weight.data_ptr(),
-                offsets.data_ptr(),
-                _STORAGE[update.weight.dtype],
-                offsets.dtype == torch.int64,
-            )
-        )
-    rows["target"] = targets  # whole columns: numpy takes 5 us to fill one record
-    rows["grad"] = [update.grad.data_ptr() for update in updates]
-    rows["values"] = [update.values.data_ptr() for update in updates]
-    rows["k"] = [update.values.numel() for update in updates]
-    return held

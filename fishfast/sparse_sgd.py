@@ -1,4 +1,4 @@
-"""`SGD` over compact parameters."""
+"""`SGD` over compact parameters: one launch updates the masters and writes the weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fishfast import _backend
-from fishfast.sparse_optimizer import TARGET_DTYPE, SparseOptimizer, Update, fill_targets
+from fishfast.sparse_optimizer import SparseOptimizer, Update, require_not_negative
+from fishfast.sparse_rows import fill_scalars, launch, row_dtype
 
 __all__ = ["SGD"]
 
@@ -20,11 +20,7 @@ _SCALARS = [
     *((name, "<f4") for name in ("grad_scale", "grad_sign")),
     *((name, "<i4") for name in ("nesterov", "first_step")),
 ]
-_ROW_DTYPE = np.dtype(
-    [("target", TARGET_DTYPE)]
-    + [(name, "<u8") for name in ("grad", "values", "momentum_buffer")]
-    + [("k", "<i8"), ("scalars", _SCALARS)]
-)
+_ROW_DTYPE = row_dtype(("momentum_buffer",), _SCALARS)
 
 
 class SGD(SparseOptimizer):
@@ -46,7 +42,10 @@ class SGD(SparseOptimizer):
         weight_decay: L2 penalty on the masked weights.
         nesterov: Nesterov momentum; needs momentum > 0 and no dampening.
         maximize: ascend instead of descend.
-        backend: ``"auto"``, ``"cpu"`` (compiled) or ``"torch"``.
+        foreach: as in torch; ignored, for a step is one launch in any case.
+        differentiable: must be False.
+        fused: ignored as ``foreach`` is.
+        backend: ``"auto"``, ``"cuda"``, ``"cpu"`` (compiled) or ``"torch"``.
 
     Raises:
         ValueError: an option out of range, or parameters that are neither compact nor plain fp32.
@@ -65,6 +64,7 @@ class SGD(SparseOptimizer):
     """
 
     _operation = "sparse_sgd"
+    _former_options = {"nesterov": False, "maximize": False}
 
     def __init__(
         self,
@@ -76,11 +76,12 @@ class SGD(SparseOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         backend: str = "auto",
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not float(value) >= 0:
-                raise ValueError(f"{name} must be at least 0; got {value}")
+        require_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError(
                 "nesterov needs momentum above 0 and dampening 0; got "
@@ -88,7 +89,8 @@ class SGD(SparseOptimizer):
             )
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "maximize": maximize,
+            "nesterov": nesterov, "maximize": maximize, "foreach": foreach, "fused": fused,
+            "differentiable": differentiable,
         }  # fmt: skip
         super().__init__(params, defaults, backend)
 
@@ -114,22 +116,26 @@ class SGD(SparseOptimizer):
         self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
     ) -> None:
         rows = np.zeros(len(updates), _ROW_DTYPE)
-        held = fill_targets(rows, updates)
-        for row, update in zip(rows, updates, strict=True):
-            group, state = update.group, update.state
-            first_step = state.get("momentum_buffer") is None
-            if group["momentum"] != 0:
-                if first_step:
-                    state["momentum_buffer"] = torch.empty_like(
-                        update.values, memory_format=torch.contiguous_format
-                    )
-                row["momentum_buffer"] = state["momentum_buffer"].data_ptr()
-            row["scalars"] = (
-                -float(update.lr()), group["momentum"], 1 - group["dampening"],
-                group["weight_decay"], grad_scale, -1.0 if group["maximize"] else 1.0,
-                group["nesterov"], first_step,
-            )  # fmt: skip
-        extension = _backend.compiled()
-        assert _ROW_DTYPE.itemsize == extension.SPARSE_SGD_ROW_BYTES
-        extension.sparse_sgd_cpu(rows.ctypes.data, len(rows), _backend.num_threads())
-        del held
+        first_steps = [update.state.get("momentum_buffer") is None for update in updates]
+        for update in updates:
+            if update.group["momentum"] != 0 and update.state.get("momentum_buffer") is None:
+                update.state["momentum_buffer"] = torch.empty_like(
+                    update.values, memory_format=torch.contiguous_format
+                )
+        rows["momentum_buffer"] = [
+            update.state["momentum_buffer"].data_ptr() if update.group["momentum"] != 0 else 0
+            for update in updates
+        ]
+        fill_scalars(rows, updates, lambda update: _scalars(update, grad_scale))
+        rows["scalars"]["first_step"] = first_steps
+        launch(self._operation, rows, updates, device, backend)
+
+
+def _scalars(update: Update, grad_scale: float) -> tuple[float, ...]:
+    """Return the numbers of a group's step, in double, in the order of _SCALARS."""
+    group = update.group
+    sign, first_step = -1.0 if group["maximize"] else 1.0, 0
+    return (
+        -float(update.lr()), group["momentum"], 1 - group["dampening"], group["weight_decay"],
+        grad_scale, sign, group["nesterov"], first_step,
+    )  # fmt: skip

@@ -106,20 +106,29 @@ def adamw_trajectory(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    amsgrad: bool = False,
     maximize: bool = False,
-) -> list[tuple[float, float, float]]:
-    """Return (weight, first moment, second moment) after each step of AdamW."""
-    first = second = 0.0
-    trajectory = []
+    decoupled_weight_decay: bool = True,
+) -> list[tuple[float, ...]]:
+    """Return (weight, first moment, second moment) after each step of AdamW or Adam.
+
+    With amsgrad the largest second moment is the fourth number.
+    """
+    first = second = largest = 0.0
+    trajectory: list[tuple[float, ...]] = []
     for step, gradient in enumerate(gradients, start=1):
         gradient = -gradient if maximize else gradient
+        if not decoupled_weight_decay:
+            gradient += weight_decay * weight
         first = betas[0] * first + (1 - betas[0]) * gradient
         second = betas[1] * second + (1 - betas[1]) * gradient**2
+        largest = max(largest, second)
         unbiased_first = first / (1 - betas[0] ** step)
-        unbiased_second = second / (1 - betas[1] ** step)
-        weight -= lr * weight_decay * weight
+        unbiased_second = (largest if amsgrad else second) / (1 - betas[1] ** step)
+        if decoupled_weight_decay:
+            weight -= lr * weight_decay * weight
         weight -= lr * unbiased_first / (unbiased_second**0.5 + eps)
-        trajectory.append((weight, first, second))
+        trajectory.append((weight, first, second, *((largest,) if amsgrad else ())))
     return trajectory
 
 

@@ -1,4 +1,4 @@
-"""What the tests of ff.AdamW and ff.SGD together go through."""
+"""What the tests of ff.AdamW, ff.Adam and ff.SGD together go through."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
     return ff.AdamW(parameters, **{"lr": 0.05, **options})
 
 
+def amsgrad(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return ff.Adam(parameters, **{"lr": 0.05, "amsgrad": True, **options})
+
+
 def sgd(parameters: Any, **options: Any) -> torch.optim.Optimizer:
     return ff.SGD(parameters, **{"lr": 0.05, "momentum": 0.9, **options})
 
 
-MAKERS = pytest.mark.parametrize("make", [adamw, sgd], ids=["AdamW", "SGD"])
+MAKERS = pytest.mark.parametrize("make", [adamw, amsgrad, sgd], ids=["AdamW", "Adam", "SGD"])
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch"])
 
 

@@ -18,6 +18,7 @@ TORCH_HAS_FMA = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 BACKENDS = ["cpu", "torch"]
 CPU_CHUNK = 16384  # csrc/cpu_step.h
 TORCH_ADAMW = functools.partial(torch.optim.AdamW, foreach=False)
+TORCH_ADAM = functools.partial(torch.optim.Adam, foreach=False)
 TORCH_SGD = functools.partial(torch.optim.SGD, foreach=False)
 
 

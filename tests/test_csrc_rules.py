@@ -49,7 +49,12 @@ def _ids(texts: dict[str, str]) -> dict:
 
 
 def test_the_folder_was_read() -> None:
-    assert {"sparse_adam.cu", "topk_mask.cu", "ordered_scan.cuh"} <= _KERNELS.keys()
+    assert {
+        "sparse_adam.cu",
+        "sparse_sgd.cu",
+        "topk_mask.cu",
+        "ordered_scan.cuh",
+    } <= _KERNELS.keys()
     assert {"sparse_adam.h", "scatter.h", "launch.h"} <= _HEADERS.keys()
     found = {function.name for text in _KERNELS.values() for function in functions(text)}
     assert {"sparse_adam_kernel", "sum_before_tile", "compact", "emit"} <= found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,8 +46,9 @@ def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def test_extension_sees_the_card() -> None:
-    """The CUDA kernel, not a fallback, is what "auto" takes here."""
-    assert ff.build_info()["operations"]["sparse_adam"]["cuda"] == "cuda"
+    """The CUDA kernels, not a fallback, are what "auto" takes here."""
+    for operation in ("sparse_adam", "sparse_sgd"):
+        assert ff.build_info()["operations"][operation]["cuda"] == "cuda"
 
 
 def test_fisher_equals_the_cpu() -> None:
@@ -79,8 +81,22 @@ def test_mask_equals_the_cpu(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_sparse_adam_equals_the_cpu_bit_for_bit(dtype: torch.dtype, layout: str) -> None:
-    """Same gradients, ten steps: weights, masters and moments have the same bits."""
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (ff.AdamW, {"weight_decay": 0.1}),
+        (ff.AdamW, {"amsgrad": True, "betas": (0.9, 0.5)}),
+        (ff.Adam, {"weight_decay": 0.1, "maximize": True}),
+        (ff.SGD, {}),
+        (ff.SGD, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+        (ff.SGD, {"momentum": 0.9, "nesterov": True, "maximize": True}),
+    ],
+    ids=["AdamW", "amsgrad", "Adam", "SGD", "dampening", "nesterov"],
+)
+def test_step_equals_the_cpu_bit_for_bit(
+    make: Any, options: dict[str, Any], layout: str, dtype: torch.dtype
+) -> None:
+    """Same gradients, ten steps: weights, masters and state have the same bits."""
     shapes = [(1031,), (64, 33, 3, 3), (2049, 7), (1,)]
     model = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes]).to(dtype)
     if layout == "channels_last":
@@ -89,7 +105,7 @@ def test_sparse_adam_equals_the_cpu_bit_for_bit(dtype: torch.dtype, layout: str)
     models = {"cpu": model, "cuda": copy.deepcopy(model).cuda()}
     tuned = {device: ff.train_only(m, mask) for device, m in models.items()}
     optimizers = {
-        device: ff.AdamW(t.parameters(), lr=1e-2, weight_decay=0.1, backend=device)
+        device: make(t.parameters(), lr=1e-2, backend=device, **options)
         for device, t in tuned.items()
     }
     for _ in range(10):
@@ -105,7 +121,54 @@ def test_sparse_adam_equals_the_cpu_bit_for_bit(dtype: torch.dtype, layout: str)
         assert all(torch.equal(on_cpu[name], on_gpu[name].cpu()) for name in on_cpu)
 
 
-def test_sparse_adam_past_two_billion_weights() -> None:
+@pytest.mark.parametrize(
+    ("make", "torch_make", "options"),
+    [
+        (ff.AdamW, torch.optim.AdamW, {"capturable": True, "amsgrad": True}),
+        (ff.AdamW, torch.optim.AdamW, {"fused": True}),
+        (ff.Adam, torch.optim.Adam, {"foreach": True}),
+        (ff.SGD, torch.optim.SGD, {"fused": True, "momentum": 0.9}),
+    ],
+    ids=["capturable", "fused", "foreach", "SGD fused"],
+)
+def test_state_of_torch_on_the_card_loads(make: Any, torch_make: Any, options: Any) -> None:
+    """Where torch kept its step count does not matter; both go on alike, to rounding."""
+    model = nn.ParameterList([torch.randn(300, 7)]).cuda()
+    tuned = ff.train_only(model, ff.random_mask(model, density=0.3, seed=0))
+    (values,) = tuned.parameters()
+    reference = nn.Parameter(values.detach().clone())
+    theirs = torch_make([reference], lr=1e-2, weight_decay=0.1, **options)
+    for step in range(6):
+        reference.grad = torch.randn_like(reference)
+        if step == 3:
+            ours = make(tuned.parameters())
+            ours.load_state_dict(theirs.state_dict())
+            with torch.no_grad():
+                values.copy_(reference)
+        if step >= 3:
+            values.grad = reference.grad.clone()
+            ours.step()
+        theirs.step()
+    torch.testing.assert_close(values, reference)
+    torch_make([reference]).load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("make", [ff.AdamW, ff.SGD])
+def test_step_in_a_graph_capture_is_refused(make: Any) -> None:
+    model = nn.ParameterList([torch.ones(5)]).cuda()
+    tuned = ff.train_only(model, ff.random_mask(model, k=3, seed=0))
+    (values,) = tuned.parameters()
+    values.grad = torch.ones(3, device="cuda")
+    optimizer = make([values])
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(graph):
+        optimizer.step()
+    optimizer.step()
+    assert int((model[0] != 1).sum()) == 3
+
+
+@pytest.mark.parametrize("make", [ff.AdamW, ff.SGD])
+def test_step_past_two_billion_weights(make: Any) -> None:
     """Offsets past 2**31 need int64 indices; only the selected weights change."""
     numel = 2**31 + 4096
     model = nn.ParameterList([torch.zeros(numel, dtype=torch.bfloat16, device="cuda")])
@@ -113,14 +176,15 @@ def test_sparse_adam_past_two_billion_weights() -> None:
     tuned = ff.train_only(model, ff.SparseMask({"0": chosen}, {"0": (numel,)}))
     (parameter,) = tuned.parameters()
     parameter.grad = torch.ones_like(parameter)
-    ff.AdamW([parameter], lr=0.5, backend="cuda").step()
+    make([parameter], lr=0.5, backend="cuda").step()
     assert torch.equal(model[0].nonzero().flatten().cpu(), chosen)
 
 
-def test_found_inf_skips_the_step() -> None:
+@pytest.mark.parametrize("make", [ff.AdamW, ff.Adam, ff.SGD])
+def test_found_inf_skips_the_step(make: Any) -> None:
     model = _model().cuda()
     tuned = ff.train_only(model, ff.random_mask(model, density=0.1, seed=0))
-    optimizer = ff.AdamW(tuned.parameters())
+    optimizer = make(tuned.parameters())
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0)
     before = [p.detach().clone() for p in model.parameters()]
     scaler.scale(_losses(model, _batches("cuda")[0]).mean()).backward()

@@ -18,7 +18,7 @@ STEMS = shipped_stems()
 
 
 def test_the_kernels_were_found() -> None:
-    assert {"sparse_adam", "topk_mask"} <= set(STEMS)
+    assert {"sparse_adam", "sparse_sgd", "topk_mask"} <= set(STEMS)
 
 
 def test_schedules_are_many_and_of_every_kind() -> None:

@@ -157,13 +157,6 @@ def test_masters_of_another_mask_are_refused() -> None:
     assert same_bits(next(many.parameters()), before)
 
 
-def test_amsgrad_state_is_refused() -> None:
-    tuned = tune(random_tensors(5), [torch.arange(5)])
-    state = torch.optim.AdamW(tuned.parameters(), amsgrad=True).state_dict()
-    with pytest.raises(ValueError, match="amsgrad is not supported; got a state"):
-        ff.AdamW(tuned.parameters()).load_state_dict(state)
-
-
 def test_state_names_are_those_of_torch() -> None:
     weights = random_tensors((9, 5))
     tuned = tune(weights, [some_indices(45)])

@@ -98,6 +98,104 @@ def test_zero_grad(make: Make, set_to_none: bool) -> None:
 
 
 @MAKERS
+def test_tensor_lr_is_read_in_each_step(make: Make) -> None:
+    # Schedulers write into the tensor.
+    weights = random_tensors((9, 5))
+    found = some_indices(45)
+    series = gradients_over_time(weights, steps=3)
+    held, by_hand = tune(weights, [found]), tune(weights, [found])
+    rate = torch.tensor([0.1])
+    optimizer, other = make(held.parameters(), lr=rate), make(by_hand.parameters(), lr=0.1)
+    for gradients, lr in zip(series, (0.5, 0.25, 0.0), strict=True):
+        rate.fill_(lr)
+        other.param_groups[0]["lr"] = torch.tensor(lr)
+        steps_of_ours(held, optimizer, [gradients])
+        steps_of_ours(by_hand, other, [gradients])
+    assert_state(held.model, state_of(by_hand.model))
+    assert not same_bits(held.model.w0, weights[0])
+
+
+@MAKERS
+@pytest.mark.parametrize("option", ["foreach", "fused"])
+def test_how_torch_runs_a_step_does_not_matter(make: Make, option: str) -> None:
+    weights = random_tensors(5)
+    plain, chosen = (tune(weights, [torch.arange(5)]) for _ in range(2))
+    steps_of_ours(plain, make(plain.parameters()), [[torch.ones(5)]])
+    for value in (None, False, True):
+        optimizer = make(chosen.parameters(), **{option: value})
+        assert optimizer.defaults[option] is value
+    steps_of_ours(chosen, optimizer, [[torch.ones(5)]])
+    assert_state(chosen.model, state_of(plain.model))
+
+
+@MAKERS
+def test_load_hook_may_convert_the_state(make: Make) -> None:
+    # Saved flat and padded, as some shard it; the hook cuts it to size.
+    weights = random_tensors((9, 5))
+    series = gradients_over_time(weights, steps=3)
+    first, second = (tune(weights, [torch.arange(45)]) for _ in range(2))
+    optimizer, other = make(first.parameters()), make(second.parameters())
+    steps_of_ours(first, optimizer, series[:1])
+    steps_of_ours(second, make(second.parameters()), series[:1])
+    padded = copy.deepcopy(optimizer.state_dict())
+    for name, value in padded["state"][0].items():
+        if value.dim():
+            padded["state"][0][name] = torch.cat([value, torch.ones(3)])
+
+    def cut(_: Any, state: dict[str, Any]) -> None:
+        state["state"] = {
+            index: {name: value[:45] if value.dim() else value for name, value in entry.items()}
+            for index, entry in state["state"].items()
+        }
+
+    with pytest.raises(ValueError, match="state_dict must fit the parameters"):
+        other.load_state_dict(padded)
+    other.register_load_state_dict_pre_hook(cut)
+    other.load_state_dict(padded)
+    steps_of_ours(first, optimizer, series[1:])
+    steps_of_ours(second, other, series[1:])
+    assert_state(second.model, state_of(first.model))
+
+
+@MAKERS
+def test_loaded_state_is_a_copy(make: Make) -> None:
+    weights = random_tensors((9, 5))
+    series = gradients_over_time(weights, steps=3)
+    first, second = (tune(weights, [torch.arange(45)]) for _ in range(2))
+    optimizer, other = make(first.parameters()), make(second.parameters())
+    steps_of_ours(first, optimizer, series[:1])
+    other.load_state_dict(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    steps_of_ours(second, other, series[1:])
+    after = optimizer.state_dict()["state"]
+    assert all(same_bits(after[0][name], value) for name, value in before[0].items())
+
+
+@MAKERS
+def test_state_of_an_older_version(make: Make) -> None:
+    # Without the options that came later, and with the step as a number.
+    weights = random_tensors((9, 5))
+    series = gradients_over_time(weights, steps=3)
+    straight, resumed = (tune(weights, [torch.arange(45)]) for _ in range(2))
+    options = {"amsgrad": False} if "amsgrad" in make(straight.parameters()).defaults else {}
+    optimizer, other = (make(t.parameters(), **options) for t in (straight, resumed))
+    steps_of_ours(straight, optimizer, series[:1])
+    steps_of_ours(resumed, other, series[:1])
+    state = copy.deepcopy(optimizer.state_dict())
+    kept = {"params", "lr", "betas", "eps", "weight_decay", "momentum", "dampening"}
+    state["param_groups"] = [
+        {k: v for k, v in g.items() if k in kept} for g in state["param_groups"]
+    ]
+    for entry in state["state"].values():
+        if "step" in entry:
+            entry["step"] = float(entry["step"])
+    other.load_state_dict(state)
+    steps_of_ours(straight, optimizer, series[1:])
+    steps_of_ours(resumed, other, series[1:])
+    assert_state(resumed.model, state_of(straight.model))
+
+
+@MAKERS
 def test_empty_and_frozen_plain_parameters(make: Make) -> None:
     empty, frozen = nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.ones(3).bfloat16(), False)
     tuned = tune(random_tensors(5), [torch.arange(5)])

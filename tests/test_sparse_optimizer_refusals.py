@@ -100,6 +100,40 @@ def test_parameters_that_are_refused(make: Make, parameter: nn.Parameter) -> Non
 
 
 @MAKERS
+@pytest.mark.parametrize("option", ["capturable", "differentiable"])
+def test_options_of_torch_that_are_refused(make: Make, option: str) -> None:
+    tuned = tune(random_tensors(5), [torch.arange(5)])
+    optimizer = make(tuned.parameters())
+    group = {"params": [nn.Parameter(torch.ones(3))], option: True}
+    with pytest.raises(ValueError, match=f"{option} must be False; got True: "):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    if option in optimizer.defaults:
+        with pytest.raises(ValueError, match=f"{option} must be False; got True: "):
+            make(tuned.parameters(), **{option: True})
+
+
+@MAKERS
+def test_step_in_a_cuda_graph_capture_is_refused(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = tune(random_tensors(5), [torch.arange(5)])
+    set_gradients(tuned, [torch.ones(5)])
+    optimizer = make(tuned.parameters())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert_step_refused(optimizer, tuned, r"step\(\) cannot be captured: .* outside the CUDA graph")
+
+
+@MAKERS
+def test_lr_of_several_elements_is_refused(make: Make) -> None:
+    tuned = tune(random_tensors(5), [torch.arange(5)])
+    message = r"lr must be a number or a tensor with one element; got shape \(2,\)"
+    with pytest.raises(ValueError, match=message):
+        make(tuned.parameters(), lr=torch.ones(2))
+
+
+@MAKERS
 def test_unknown_backend_is_refused(make: Make) -> None:
     tuned = tune(random_tensors(5), [torch.arange(5)])
     with pytest.raises(ValueError, match="backend must be 'auto' or one of .*; got 'mps'"):

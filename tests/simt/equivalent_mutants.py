@@ -40,6 +40,7 @@ _OWN_COUNTER = "Either of the two kernels has a counter to itself, as before."
 _OTHER_WAY = "At the limit another way to the same mask is taken, which has tests of its own."
 
 EQUIVALENT: tuple[Equivalent, ...] = (
+    Equivalent("sparse_adam.h", ">= -> >", "adam_maximum", "Of two equal moments either will do."),
     Equivalent(
         "topk_mask.cu",
         "- 1 -> nothing",

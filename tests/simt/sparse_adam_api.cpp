@@ -5,7 +5,7 @@
 extern "C" int ff_sparse_adam(const void* rows, const void* chunks, int64_t num_chunks) {
   return simt::call([&] {
     fishfast::sparse_adam_cuda(static_cast<const fishfast::SparseAdamRow*>(rows),
-                               static_cast<const fishfast::AdamChunk*>(chunks), num_chunks,
+                               static_cast<const fishfast::StepChunk*>(chunks), num_chunks,
                                nullptr);
   });
 }
