@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -31,7 +32,10 @@ void parallel_chunks(int64_t num_chunks, int num_threads, const Body& body) {
     }
   };
   std::vector<std::thread> threads;
-  for (int thread = 1; thread < num_threads; ++thread) threads.emplace_back(work, thread);
+  try {
+    for (int thread = 1; thread < num_threads; ++thread) threads.emplace_back(work, thread);
+  } catch (const std::system_error&) {  // a limit of the machine: fewer threads take all chunks
+  }
   if (num_chunks > 0) work(0);
   for (auto& thread : threads) thread.join();
   if (error) std::rethrow_exception(error);

@@ -184,6 +184,7 @@ void TopkPasses::emit(const std::vector<int64_t>& ties, const std::vector<void*>
     auto write = [&](auto* output) {
       using Index = std::remove_pointer_t<decltype(output)>;
       output += places[size_t(c)].first_output;
+      const auto* end = output + chunk.greater + ties_here;
       for_each_block(tensors_[size_t(chunk.tensor)], chunk.start, chunk.length,
                      [&](const uint32_t* bits, int64_t start, int64_t length) {
                        int32_t any = 0;
@@ -200,6 +201,9 @@ void TopkPasses::emit(const std::vector<int64_t>& ties, const std::vector<void*>
                          if (ties_run_out && signed_magnitude(bits[i]) == limit)
                            taken = ties_here-- > 0;
                          num_found += taken;
+                       }
+                       if (num_found > end - output) {
+                         throw std::runtime_error("scores changed while they were selected");
                        }
                        output = std::copy(found, found + num_found, output);
                      });

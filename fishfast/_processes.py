@@ -17,7 +17,7 @@ __all__ = ["exchange", "gather", "message_device", "raise_failure"]
 
 def message_device(tensors: Iterable[Tensor], process_group: dist.ProcessGroup) -> torch.device:
     """Return where messages are put: one device, whatever the tensors are on; gloo's is the CPU."""
-    if dist.get_backend(process_group) in ("gloo", "mpi"):
+    if "cpu:" in dist.get_backend_config(process_group):  # gloo, mpi, or "cpu:gloo,cuda:nccl"
         return torch.device("cpu")
     devices = [tensor.device for tensor in tensors if tensor.device.type != "cpu"]
     return devices[0] if devices else torch.device("cuda", torch.cuda.current_device())

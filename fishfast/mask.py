@@ -69,7 +69,7 @@ class SparseMask(Mapping[str, Tensor]):
         self.shapes = {name: _checked_shape(name, shape) for name, shape in shapes.items()}
         self._indices: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
-            found = indices.get(name, torch.empty(0, dtype=torch.int32))
+            found = indices.get(name, torch.empty(0, dtype=torch.int32, device="cpu"))
             check_indices(name, found, prod(shape), "mask")
             self._indices[name] = found.to(index_dtype(prod(shape)), copy=True)
         self.num_zero_score = num_zero_score
@@ -90,6 +90,11 @@ class SparseMask(Mapping[str, Tensor]):
         mask.shapes = dict(shapes)
         mask._indices = indices
         return mask
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The indices are slices of one buffer, and pickle would write it once for each of them.
+        indices = {name: found.clone() for name, found in self._indices.items()}
+        return {**self.__dict__, "_indices": indices}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._indices[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ import torch
 from cases import CHUNK, DTYPES, SIZES, VALUES
 
 import fishfast as ff
+from fishfast.topk_mask.select_cpu import CpuPasses
 
 # "simulated": the CUDA kernels and the Python above them, on CPU tensors.
 BACKENDS = ["cpu", "torch", "simulated"]
@@ -423,3 +425,40 @@ def test_bad_arguments_are_refused(arguments, error, text):
 def test_bad_mappings_are_refused(scores, error, text):
     with pytest.raises(error, match=text):
         ff.top_k_mask(scores, k=1)
+
+
+@pytest.mark.parametrize(("n", "k"), [(30, 10), (7, 3), (1_000_003, 333_333), (100, 29)])
+def test_the_density_of_k_weights_selects_k_weights(n, k):
+    scores = {"w": torch.rand(n)}
+    mask = ff.top_k_mask(scores, k=k)
+    assert ff.top_k_mask(scores, density=mask.density) == mask
+    assert ff.top_k_mask(scores, density=k / n) == mask
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_view_that_negates_is_taken_at_its_values(backend):
+    scores = torch.tensor([1 - 3j, 2 - 1j, 3 - 2j]).conj().imag  # 3, 1, 2
+    assert ff.top_k_mask({"w": scores}, k=1, backend=backend)["w"].tolist() == [0]
+    negative = torch._neg_view(torch.tensor([0.0, 1.0, 2.0]))
+    with pytest.raises(ValueError, match="must be >= 0"):
+        ff.top_k_mask({"w": negative}, k=1, backend=backend)
+
+
+def test_scores_that_change_while_they_are_selected_are_noticed(monkeypatch):
+    """As another thread's training would: more of them than there is room for."""
+    scores = {"w": torch.rand(1000)}
+    emit = CpuPasses.emit
+
+    def changed(self, ties, outputs):
+        scores["w"].fill_(2.0)
+        emit(self, ties, outputs)
+
+    monkeypatch.setattr(CpuPasses, "emit", changed)
+    with pytest.raises(RuntimeError, match="scores changed while they were selected"):
+        ff.top_k_mask(scores, k=10, backend="cpu")
+
+
+def test_a_pickled_mask_is_as_large_as_its_indices():
+    mask = ff.top_k_mask({f"t{i}": torch.rand(500) for i in range(100)}, density=0.5)
+    assert len(pickle.dumps(mask)) < 2 * 4 * mask.num_selected
+    assert pickle.loads(pickle.dumps(mask)) == mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import fishfast as ff
+from fishfast.topk_mask.select_cpu import CpuPasses
 
 WORLDS = [1, 2, 3, 4]
 SHAPES = {"z": (23, 11), "a.bias": (7,), "empty": (0, 3), "a.weight": (3, 4, 50), "head": (5, 2)}
@@ -126,7 +128,7 @@ REFUSED = {
     "dtype": "scores must be dense float32, bfloat16 or float16 tensors; got torch.float64 for "
     "'head'",
     "no mapping": "scores must be a mapping of names to tensors; got NoneType",
-    "file": "has become shorter since it was opened",
+    "file": "has changed since it was opened",
     "Ctrl-C": "",
 }
 SAME_IN_ALL = {
@@ -195,6 +197,17 @@ def run(rank, folder):
         for kind, placement in BAD_PLACEMENTS.items():
             pieces = as_dtensors(MODELS["random"], rank, groups[3], {"z": placement})
             refused(kind, groups[3], pieces, k=5)
+        copies = dict(MODELS["random"])
+        if rank == 1:
+            copies["head"] = torch.full_like(copies["head"], torch.nan)
+        copies = as_dtensors(copies, rank, groups[3], {"head": Replicate()})
+        refused("copies", groups[3], copies, k=500)
+        passes = CpuPasses.emit
+        CpuPasses.emit = fails_on_one
+        pieces = shard(MODELS["random"], rank, 3)
+        refused("emission", groups[3], pieces, k=77, scope="layer", backend="cpu")
+        CpuPasses.emit = passes
+        select((3, "random", "numpy"), groups[3], pieces, k=np.int64(77) if rank == 1 else 77)
         elsewhere = as_dtensors(MODELS["random"], rank, groups[3], {})
         if rank < 2:
             refused("elsewhere", groups[2], elsewhere, k=5)
@@ -204,6 +217,11 @@ def run(rank, folder):
     torch.save((found, traffic, errors), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def fails_on_one(self, ties, outputs):
+    if dist.get_rank() == 1:
+        raise ValueError("the file ends here")
 
 
 def count_bytes(call, sent):
@@ -361,3 +379,36 @@ def test_the_group_works_on_after_errors(answers):
         found = answers[rank][0]
         before, after = found[3, "random", "some"][0], found[3, "random", "after errors"][0]
         assert all(torch.equal(before[name], after[name]) for name in SHAPES)
+
+
+def test_copies_that_differ_are_refused_by_every_process(answers):
+    for rank in range(3):
+        assert "replicated scores must be the same in every process" in answers[rank][2]["copies"]
+        assert "'head'" in answers[rank][2]["copies"]
+
+
+def test_what_fails_while_indices_are_written_fails_in_every_process(answers):
+    assert "the file ends here" in answers[1][2]["emission"]
+    for rank in (0, 2):
+        assert (
+            "rank 1 of process_group failed; ValueError: the file ends here"
+            in (answers[rank][2]["emission"])
+        )
+
+
+def test_a_number_of_numpy_is_the_same_rule(answers):
+    whole, num_zero = put_together(
+        answers, (3, "random", "numpy"), lambda name: [start for start, _ in bounds(name, 3)]
+    )
+    assert_same(whole, num_zero, ff.top_k_mask(MODELS["random"], k=77))
+
+
+@pytest.mark.parametrize("backend", [None, "cpu:gloo"])
+def test_messages_go_by_the_cpu_where_the_group_can(backend):
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        scores = MODELS["random"]
+        mask = ff.top_k_mask(scores, k=77, process_group=dist.group.WORLD)
+        assert mask == ff.top_k_mask(scores, k=77)
+    finally:
+        dist.destroy_process_group()

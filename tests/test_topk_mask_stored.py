@@ -170,7 +170,7 @@ def test_files_that_are_refused(path):
     path.write_bytes(whole[:-4])
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         ff.open_scores(path)
-    with pytest.raises(ValueError, match="has become shorter since it was opened"):
+    with pytest.raises(ValueError, match="has changed since it was opened"):
         ff.top_k_mask(stored, k=1)
 
 
@@ -188,3 +188,41 @@ def test_a_header_that_names_a_tensor_twice_is_refused(path):
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(ValueError, match="names a tensor twice|not a whole safetensors"):
         ff.open_scores(path)
+
+
+def test_a_file_is_the_one_that_was_opened(tmp_path, monkeypatch):
+    for folder, scores in (("here", [1.0, 4.0, 2.0]), ("there", [4.0, 1.0, 2.0])):
+        (tmp_path / folder).mkdir()
+        save_file({"w": torch.tensor(scores)}, tmp_path / folder / "scores.safetensors")
+    monkeypatch.chdir(tmp_path / "here")
+    opened = ff.open_scores("scores.safetensors")
+    monkeypatch.chdir(tmp_path / "there")
+    assert ff.top_k_mask(opened, k=1)["w"].tolist() == [1]
+    save_file({"w": torch.tensor([1.0, 2.0, 4.0])}, tmp_path / "here" / "scores.safetensors")
+    with pytest.raises(ValueError, match="has changed since it was opened; open it again"):
+        ff.top_k_mask(opened, k=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_another_default_dtype_changes_nothing(path, dtype, backend):
+    scores = {"w": torch.rand(40, 50), "t": torch.rand(30, 20).T}
+    expected = ff.top_k_mask(scores, k=300)
+    save_file({name: score.contiguous() for name, score in scores.items()}, path)
+    torch.set_default_dtype(dtype)
+    try:
+        assert ff.top_k_mask(scores, k=300, backend=backend) == expected
+        stored = ff.open_scores(path)
+        in_order = {name: stored[name] for name in scores}
+        assert ff.top_k_mask(in_order, k=300, backend=backend) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_default_device_changes_nothing(backend):
+    scores = {"w": torch.rand(40, 50), "t": torch.rand(30, 20).T, "head": torch.rand(3)}
+    expected = ff.top_k_mask(scores, k=300, keep="head")
+    with torch.device("meta"):
+        assert ff.top_k_mask(scores, k=300, keep="head", backend=backend) == expected
+        ff.split_mask(scores, k=30, num_workers=3, backend=backend)

@@ -78,7 +78,7 @@ class Batch:
         numbers = [above + tied for above, tied in zip(greater, ties, strict=True)]
         dtypes = [index_dtype(self._sizes[tensor]) for tensor in self.tensors]
         # One flat buffer per index width; each piece's indices are a slice of it.
-        outputs = [torch.empty(0)] * len(numbers)
+        outputs = [torch.empty(0, device="cpu")] * len(numbers)
         for dtype in set(dtypes):
             of_dtype = [piece for piece, other in enumerate(dtypes) if other == dtype]
             lengths = [numbers[piece] for piece in of_dtype]
@@ -106,6 +106,7 @@ class Batches:
     def __init__(self, scores: Mapping[str, Scores], passes: type[Passes]) -> None:
         self.names, self._scores = list(scores), list(scores.values())
         self.sizes = [score.numel() for score in self._scores]
+        self.device = self._scores[0].device if self._scores else torch.device("cpu")
         self.all_bf16 = all(score.dtype == torch.bfloat16 for score in self._scores)
         self._passes = passes
         in_place = all(isinstance(s, Tensor) and s.is_contiguous() for s in self._scores)
@@ -117,7 +118,7 @@ class Batches:
     def _read(self) -> Iterator[Batch]:
         # One buffer for all copies: with a new one each time, the indices that are kept would end
         # up between those that were freed, and memory would grow to the size of the scores.
-        buffer = torch.empty(0)
+        buffer = torch.empty(0, device="cpu")
         pieces: list[tuple[int, int, Tensor]] = []
         copied = 0
         for tensor, scores in enumerate(self._scores):
@@ -125,7 +126,7 @@ class Batches:
                 pieces.append((tensor, 0, scores.view(-1)))
                 continue
             if not len(buffer):
-                buffer = torch.empty(_COPIED_ELEMENTS, device=scores.device)
+                buffer = torch.empty(_COPIED_ELEMENTS, dtype=torch.float32, device=scores.device)
             for start, stop, copy_to in _copies(scores):
                 if copied + stop - start > _COPIED_ELEMENTS:
                     yield Batch(pieces, self.names, self.sizes, self._passes)

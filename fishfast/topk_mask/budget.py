@@ -63,8 +63,11 @@ def budget(
             raise TypeError(f"density must be a number; got {density!r}")
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1]; got {density}")
-        # The decimal that was written, not its binary neighbour: 0.29 of 100 is 29, not 28.
-        k = max(1, int(Fraction(str(density)) * num_params))
+        # k / n gives k again; else the decimal that was written, not its binary neighbour: 0.29 of
+        # 100 is 29, not 28.
+        near = round(float(density) * num_params)
+        exact = near / num_params == float(density)
+        k = max(1, near if exact else int(Fraction(str(density)) * num_params))
     if isinstance(k, bool) or not hasattr(k, "__index__"):
         raise TypeError(f"k must be an integer; got {k!r}")
     k = operator.index(k)  # type: ignore[arg-type]

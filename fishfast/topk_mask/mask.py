@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -95,16 +96,18 @@ def top_k_mask(
     if process_group is None:
         plan = plan_of(scores)
     else:
-        rules = {"density": repr(density), "k": repr(k), "scope": repr(scope)}
+        rules = {"density": _plain(density), "k": _plain(k), "scope": repr(scope)}
         plan, processes = _plan_together(scores, plan_of, rules, process_group)
 
     own = Totals.of(plan.counted_sizes, plan.kept, plan.eligible)
-    totals = Totals(*processes.sum(lambda: torch.tensor(own), 3).tolist())
+    totals = Totals(*processes.sum(lambda: torch.tensor(own, device="cpu"), 3).tolist())
     left = budget(totals, plan.kept, density=density, k=k)
     groups = {tuple(plan.eligible): left}
     if scope == "layer":
         own_sizes = [plan.counted_sizes[name] for name in plan.eligible]
-        sizes = processes.sum(lambda: torch.tensor(own_sizes, dtype=torch.int64), len(own_sizes))
+        sizes = processes.sum(
+            lambda: torch.tensor(own_sizes, dtype=torch.int64, device="cpu"), len(own_sizes)
+        )
         shares = shares_by_size(sizes.tolist(), left)
         groups = {(name,): share for name, share in zip(plan.eligible, shares, strict=True)}
     groups = {names: count for names, count in groups.items() if count}
@@ -117,6 +120,13 @@ def top_k_mask(
         indices.update(zip(names, found, strict=True))
         num_zero_score += zeros
     return plan.mask(indices, num_zero_score)
+
+
+def _plain(number: Any) -> str:
+    """Return a number as text, the same for 3 and numpy's 3."""
+    if hasattr(number, "__index__"):
+        return repr(number.__index__())
+    return repr(float(number) if isinstance(number, Real) else number)
 
 
 def _plan_together(

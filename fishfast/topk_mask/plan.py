@@ -124,5 +124,8 @@ def make_plan(
                 "choose 'auto' or 'torch'"
             )
         chosen = "torch"
-    detached = {name: s.detach() if isinstance(s, Tensor) else s for name, s in scores.items()}
+    detached = {
+        name: score.detach().resolve_neg() if isinstance(score, Tensor) else score
+        for name, score in scores.items()
+    }
     return Plan(detached, device, kept, eligible, chosen)

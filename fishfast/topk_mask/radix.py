@@ -8,7 +8,7 @@ is the emission: four in memory with digits of 15 and 16 bits, three when all sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -43,6 +43,9 @@ class Processes(Protocol):
     def hand_out(self, num_ties: int, names: Sequence[str], equal: Callable[[], list[int]]) -> Take:
         """Return how this process takes its part of the ties; it asks tensor by tensor."""
 
+    def refuse_other(self, indices: Mapping[str, Tensor]) -> None:
+        """Raise where a tensor that every process has whole has other indices elsewhere."""
+
 
 class Alone:
     """A process that has all the scores."""
@@ -68,6 +71,9 @@ class Alone:
             return taken
 
         return take
+
+    def refuse_other(self, indices: Mapping[str, Tensor]) -> None:
+        """There is no elsewhere."""
 
 
 def select(
@@ -101,19 +107,23 @@ def select(
 
     take = processes.hand_out(num_ties, own.names, equal)
     parts: list[list[Tensor]] = [[] for _ in own.names]
-    tied = 0
-    for batch in own:
-        _, equal_here = batch.count(threshold)
-        ties = [take(t, number) for t, number in zip(batch.tensors, equal_here, strict=True)]
-        tied += sum(ties)
-        for tensor, found in zip(batch.tensors, batch.emit(threshold, ties), strict=True):
-            parts[tensor].append(found)
-    indices = [
-        found[0]
-        if len(found) == 1
-        else torch.cat([torch.empty(0, dtype=index_dtype(size)), *found])
-        for found, size in zip(parts, own.sizes, strict=True)
-    ]
+
+    def emit() -> int:
+        tied = 0
+        for batch in own:
+            _, equal_here = batch.count(threshold)
+            ties = [take(t, number) for t, number in zip(batch.tensors, equal_here, strict=True)]
+            tied += sum(ties)
+            for tensor, found in zip(batch.tensors, batch.emit(threshold, ties), strict=True):
+                parts[tensor].append(found)
+        return tied
+
+    tied = processes.run(emit)  # it may read a file
+    indices = []
+    for found, size in zip(parts, own.sizes, strict=True):
+        nothing = torch.empty(0, dtype=index_dtype(size), device=own.device)
+        indices.append(found[0] if len(found) == 1 else torch.cat([nothing, *found]))
+    processes.refuse_other(dict(zip(own.names, indices, strict=True)))
     return indices, tied if threshold == 0 else 0
 
 
@@ -122,7 +132,8 @@ def zeros_of(batches: Batches) -> list[int]:
     zeros = [0] * len(batches.names)
     shift, num_bits = _WIDE[0]
     for batch in batches:
-        batch.add_histogram(torch.zeros(2**num_bits, dtype=torch.int64), shift, 0)
+        counts = torch.zeros(2**num_bits, dtype=torch.int64, device="cpu")
+        batch.add_histogram(counts, shift, 0)
         for tensor, number in zip(batch.tensors, batch.count(0)[1], strict=True):
             zeros[tensor] += number
     return zeros
@@ -139,7 +150,7 @@ def _find_threshold(
             continue
 
         def histogram(shift: int = shift, num_bits: int = num_bits, prefix: int = prefix) -> Tensor:
-            counts = torch.zeros(2**num_bits, dtype=torch.int64)
+            counts = torch.zeros(2**num_bits, dtype=torch.int64, device="cpu")
             for batch in batches:
                 batch.add_histogram(counts, shift, prefix)
             return counts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +86,7 @@ class Ranks:
 
         def silent() -> Tensor:
             results.append(work())
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
 
         self.sum(silent, 0)
         return results[0]
@@ -103,7 +104,7 @@ class Ranks:
         Raises:
             ValueError: another process failed.
         """
-        message = torch.zeros(length + 1, dtype=torch.int64)
+        message = torch.zeros(length + 1, dtype=torch.int64, device="cpu")
         error = None
         try:
             message[:-1] = work()
@@ -137,7 +138,7 @@ class Ranks:
 
         def count() -> Tensor:
             mine.extend(equal())
-            return torch.tensor(mine, dtype=torch.int64)
+            return torch.tensor(mine, dtype=torch.int64, device="cpu")
 
         left = self.sum(count, len(names)).tolist()
         for tensor, total in enumerate(left):
@@ -154,6 +155,30 @@ class Ranks:
             return taken
 
         return take
+
+    def refuse_other(self, indices: Mapping[str, Tensor]) -> None:
+        """Raise in every process where copies of a tensor are not the same.
+
+        Args:
+            indices: what was found in each tensor.
+
+        Raises:
+            ValueError: the name of the tensor.
+        """
+        if not self.replicated:  # the same in every process
+            return
+        found = {
+            name: hashlib.sha256(indices[name].cpu().numpy().tobytes()).hexdigest()
+            for name in self.replicated
+            if name in indices
+        }
+        said = exchange(found, self._group, self._device)
+        for name, digest in said[0].items():
+            if any(other[name] != digest for other in said):
+                raise ValueError(
+                    f"replicated scores must be the same in every process, and not NaN; those of "
+                    f"{name!r} are not"
+                )
 
     def _own_part(self, name: str, equal: int, num_ties: int) -> int:
         """Of a tensor's ties the processes before this one come first, with their lower rows."""

@@ -65,10 +65,10 @@ class TorchPasses:
         greater, equal = [0] * self._num_tensors, [0] * self._num_tensors
         for run in self._runs:
             bits = _bits(run)
-            last = torch.tensor([len(piece.scores) for piece in run]).cumsum(0) - 1
+            last = torch.tensor([len(p.scores) for p in run], device="cpu").cumsum(0) - 1
             for sums, found in ((greater, bits > threshold), (equal, bits == threshold)):
                 up_to = found.cumsum(0)[last.to(bits.device)].cpu()
-                here = up_to.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+                here = up_to.diff(prepend=torch.zeros_like(up_to[:1])).tolist()
                 for piece, number in zip(run, here, strict=True):
                     sums[piece.tensor] += number
         return greater, equal

@@ -30,10 +30,13 @@ class StoredScore:
         device: the CPU.
     """
 
-    def __init__(self, path: str, shape: torch.Size, dtype: torch.dtype, offset: int) -> None:
+    def __init__(
+        self, path: str, identity: tuple[int, ...], shape: torch.Size, dtype: torch.dtype,
+        offset: int,
+    ) -> None:  # fmt: skip
         self.path, self.shape, self.dtype = path, shape, dtype
         self.device = torch.device("cpu")
-        self._offset = offset
+        self._identity, self._offset = identity, offset
 
     def numel(self) -> int:
         """Return the number of scores."""
@@ -47,10 +50,12 @@ class StoredScore:
             start: flat index of the first one.
 
         Raises:
-            ValueError: the file has become shorter since it was opened.
+            ValueError: the file is not the one that was opened.
         """
         buffer = flat.view(torch.uint8).numpy().data
         with open(self.path, "rb", buffering=0) as file:
+            if identity_of(os.fstat(file.fileno())) != self._identity:
+                raise ValueError(f"{self.path!r} has changed since it was opened; open it again")
             file.seek(self._offset + start * flat.element_size())
             filled = 0
             while filled < len(buffer):  # a read may stop early
@@ -58,6 +63,11 @@ class StoredScore:
                 if not got:
                     raise ValueError(f"{self.path!r} has become shorter since it was opened")
                 filled += got
+
+
+def identity_of(stat: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is written or replaced."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class ScoreFile(Mapping[str, StoredScore]):
@@ -108,7 +118,8 @@ def open_scores(path: PathLike) -> ScoreFile:
         >>> ff.top_k_mask(ff.open_scores(path), k=2)["w"]
         tensor([1, 2], dtype=torch.int32)
     """
-    text = os.fspath(path)
+    text = os.path.abspath(os.fspath(path))
+    identity = identity_of(os.stat(text))
     try:
         with safe_open(text, framework="pt") as file:  # refuses what is not whole and consistent
             metadata = file.metadata() or {}
@@ -124,6 +135,7 @@ def open_scores(path: PathLike) -> ScoreFile:
             )
         stored[name] = StoredScore(
             text,
+            identity,
             torch.Size(entry["shape"]),
             _DTYPES[entry["dtype"]],
             data_start + entry["data_offsets"][0],
