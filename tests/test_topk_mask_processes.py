@@ -368,7 +368,9 @@ def test_dtensors_that_are_refused(answers):
         rule = "DTensor scores must be placed as Shard(0) or Replicate(); 'z' is "
         assert rule + "S" in errors["columns"]
         assert rule + "P" in errors["partial"]
-        assert "process_group must be given for DTensor scores; 'z' is one" in errors["no group"]
+        assert (
+            "process_group must be mesh.get_group() for DTensor scores; 'z'" in errors["no group"]
+        )
         assert errors["not a group"].startswith("TypeError: process_group must be a torch.distr")
         if rank < 2:
             assert "on a mesh of one dimension over process_group; 'z' is on" in errors["elsewhere"]

@@ -68,7 +68,8 @@ def top_k_mask(
         A `SparseMask`. With ``process_group``, of this process's rows: shapes and indices are
         local, and all processes' masks put together are the mask that one process with all the
         scores would get; density and k are of all weights. Where fewer than k scores are above
-        zero, zeros fill it up by the tie rule and ``num_zero_score`` counts them.
+        zero, zeros fill it up by the tie rule and ``num_zero_score`` counts them, those of this
+        process.
 
     Raises:
         TypeError: scores that are not a mapping to dense tensors of a dtype above, ``density`` or

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["describe", "local_scores", "refuse_group"]
+__all__ = ["describe", "local_scores", "refuse_dtensors", "refuse_group"]
 
 
 def local_scores(
@@ -85,15 +85,17 @@ def describe(scores: Mapping[str, Any], replicated: list[str]) -> list[str]:
     ]
 
 
+def refuse_dtensors(scores: Any, rule: str) -> None:
+    """Refuse DTensors, by a rule that says what to do."""
+    for name, score in scores.items() if isinstance(scores, Mapping) else ():
+        if _is_dtensor(score):
+            raise ValueError(f"{rule}; {name!r} is a DTensor")
+
+
 def refuse_group(scores: Any, process_group: Any) -> None:
     """Refuse what is no group that this process is in, and DTensors without one."""
     if process_group is None:
-        for name, score in scores.items() if isinstance(scores, Mapping) else ():
-            if _is_dtensor(score):
-                raise ValueError(
-                    f"process_group must be given for DTensor scores; {name!r} is one; pass "
-                    "mesh.get_group()"
-                )
+        refuse_dtensors(scores, "process_group must be mesh.get_group() for DTensor scores")
     elif not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"process_group must be a torch.distributed.ProcessGroup; got {process_group!r}; "
