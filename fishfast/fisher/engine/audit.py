@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.operands import Operand, Tracker, disjoint_groups
-from fishfast.fisher.engine.row_order import Consumer
+from fishfast.fisher.engine.row_order import Consumer, signed_dim
 
 __all__ = ["Audit", "audit"]
 
@@ -142,7 +142,7 @@ def _cut(node: Any, num_samples: int) -> Any:
     dims = getattr(node, "_saved_dims", None)
     if dims is None:
         sizes = node._saved_self_sym_sizes
-        dim = node._saved_dim if node._saved_dim < 2**63 else node._saved_dim - 2**64 + len(sizes)
+        dim = signed_dim(node._saved_dim, len(sizes))
         if dim > 1 or (dim == 1 and sizes[dim] != num_samples):
             return None
     return str([getattr(node, name) for name in _CUTTING[node.name()]] + [dims])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fishfast.fisher.engine.rows import Layout
 
-__all__ = ["Consumer", "stays_in_order"]
+__all__ = ["Consumer", "signed_dim", "stays_in_order"]
 
 
 class Consumer(NamedTuple):
@@ -36,7 +36,7 @@ _BY_ROW = {
     f"{name}Backward{number}" for number in (0, 1, 2)
     for name in (
         "Abs", "Add", "Addcmul", "Clamp", "ClampMax", "ClampMin", "Clone", "Cos", "Div", "Elu",
-        "Erf", "Exp", "Gelu", "HardtanhBackward", "Hardsigmoid", "Hardswish", "Hardtanh",
+        "Erf", "Exp", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh",
         "LeakyRelu", "Log", "LogSigmoid", "MaskedFill", "Mish", "Mul", "NativeDropout",
         "NativeLayerNorm", "Neg", "NllLoss", "Pow", "Reciprocal", "Relu", "Rsqrt", "Rsub",
         "Sigmoid", "Silu", "Sin", "Softplus", "Sqrt", "Sub", "Tanh", "ToCopy", "Where",
@@ -122,13 +122,16 @@ def _keeps_order(
 
 def _dims(node: Any, num_dims: int) -> set[int]:
     """Return the dims along which a call works; 0 among them where it does not say."""
+    if "Permute" in node.name():
+        stays = signed_dim(node._saved_dims[0], num_dims) == 0  # what comes to dim 0
+        return set() if stays else {0}
     found: set[int] = set()
-    for name in ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1"):
+    for name in ("_saved_dim", "_saved_dim0", "_saved_dim1"):
         value = getattr(node, name, ())
         found.update(value if isinstance(value, (tuple, list)) else (value,))
-    # Negative dims come as unsigned numbers of 64 bits. Of a permutation, what comes to dim 0.
-    dims = {(dim - 2**64 if dim >= 2**63 else dim) % num_dims for dim in found}
-    if "Permute" in node.name():
-        order = [(d - 2**64 if d >= 2**63 else d) % num_dims for d in node._saved_dims]
-        return set() if order[0] == 0 else {0}
-    return dims or {0}
+    return {signed_dim(dim, num_dims) for dim in found} or {0}
+
+
+def signed_dim(dim: int, num_dims: int) -> int:
+    """Return a dim that a node has saved, from 0: negative ones come as unsigned 64-bit numbers."""
+    return (dim - 2**64 if dim >= 2**63 else dim) % num_dims

@@ -40,15 +40,8 @@ __all__ = ["Scorer"]
 
 UNUSED, BATCHED = "not used", "batched"
 EXPANDED, SORTED = "batched, where it meets the data", "batched, rows sorted by sample"
-THROUGH = "batched, then sample by sample through what computes the weight"
 ALONE = "one sample at a time"
-_ROADS = (
-    UNUSED,
-    BATCHED,
-    EXPANDED,
-    SORTED,
-    THROUGH,
-)  # a parameter's road is the last of those it takes
+_ROADS = (UNUSED, BATCHED, EXPANDED, SORTED)  # a parameter's road is the last of those it takes
 
 # Added to a road: weight norm, a recurrent layer over the data itself, a table that is looked up.
 THROUGH = "; sample by sample through what is computed from it"
@@ -89,7 +82,7 @@ class Scorer:
         self.parameters, self.scores, self.add = parameters, scores, add
         self.interception = Interception(parameters)
         self.rows = RowFinder()
-        self._buffers, self._ran = Buffers(model), False  # of a batch
+        self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
         self.fallback: dict[str, str] = {}
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
         self.passes = dict.fromkeys(WORK, 0)
@@ -114,7 +107,7 @@ class Scorer:
             torch.autograd.set_multithreading_enabled(False),
             self.interception,
         ):
-            self._buffers, self._ran = Buffers(self.model), False
+            self._buffers = None
             losses, found = self.forward(batch)
             with torch.autocast(device, enabled=False):
                 while several := self._find_rows(losses.probe, found):
@@ -145,9 +138,10 @@ class Scorer:
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         versions = [tensor._version for tensor in tensors]
         while True:
-            if self._ran:  # a model that counts in its buffers counts this batch once
+            if self._buffers is None:
+                self._buffers = Buffers(self.model)
+            else:  # a model that counts in its buffers counts this batch once
                 self._buffers.put_back()
-            self._ran = True
             self.passes["forward"] += 1
             self.interception.most_rows = 1
             with self._timed("forward"):
