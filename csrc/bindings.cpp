@@ -52,22 +52,25 @@ void sgd_cpu(uintptr_t rows, int64_t num_rows, int num_threads) {
   sparse_sgd_cpu(pointer<SparseSgdRow>(rows), num_rows, num_threads);
 }
 
-void linear_cpu(uintptr_t score, uintptr_t grad, uintptr_t x, uintptr_t starts, uintptr_t ends,
-                const std::array<int64_t, 4>& sizes, const std::array<int64_t, 3>& strides,
-                int power, int num_threads) {
-  for (uintptr_t address : {score, grad, x, starts, ends}) require_address(address, "an argument");
+void linear_cpu(uintptr_t score, const std::array<uintptr_t, 3>& grad,
+                const std::array<uintptr_t, 3>& x, uintptr_t starts, uintptr_t ends,
+                const std::array<int64_t, 4>& sizes, int power, int num_threads) {
+  for (uintptr_t address : {score, starts, ends}) require_address(address, "an argument");
+  const auto operand = [](const std::array<uintptr_t, 3>& addresses) {
+    for (uintptr_t address : addresses) require_address(address, "an operand");
+    return FisherOperand{pointer<const float>(addresses[0]), pointer<const int64_t>(addresses[1]),
+                         pointer<const int64_t>(addresses[2])};
+  };
+  const auto [num_outputs, num_inputs, num_samples, score_stride] = sizes;
   const FisherLinear call = {pointer<float>(score),
-                             pointer<const float>(grad),
-                             pointer<const float>(x),
+                             operand(grad),
+                             operand(x),
                              pointer<const int64_t>(starts),
                              pointer<const int64_t>(ends),
-                             sizes[0],
-                             sizes[1],
-                             sizes[2],
-                             sizes[3],
-                             strides[0],
-                             strides[1],
-                             strides[2],
+                             num_outputs,
+                             num_inputs,
+                             num_samples,
+                             score_stride,
                              power};
   py::gil_scoped_release release;
   fisher_linear_cpu(call, num_threads);
@@ -183,7 +186,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SPARSE_ADAM_ROW_BYTES") = sizeof(SparseAdamRow);
   m.attr("ENTRIES_PER_STEP_CHUNK") = kEntriesPerStepChunk;
   m.def("fisher_linear_cpu", &linear_cpu, py::arg("score"), py::arg("grad"), py::arg("x"),
-        py::arg("starts"), py::arg("ends"), py::arg("sizes"), py::arg("strides"), py::arg("power"),
+        py::arg("starts"), py::arg("ends"), py::arg("sizes"), py::arg("power"),
         py::arg("num_threads"));
   m.def("sparse_adam_cpu", &adam_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
   m.attr("SPARSE_SGD_ROW_BYTES") = sizeof(SparseSgdRow);

@@ -24,9 +24,9 @@ void step_rows(const Row* rows, int64_t num_rows, int num_threads, const Update&
       pieces.push_back({&rows[r], begin, std::min(rows[r].k, begin + kEntriesPerCpuChunk)});
     }
   }
-  // A thread costs as much as about two pieces take.
-  const int useful_threads = int(std::min<size_t>(size_t(num_threads), pieces.size() / 4 + 1));
-  parallel_chunks(int64_t(pieces.size()), useful_threads, [&](int64_t p, int) {
+  // Starting the threads costs as much as about two pieces take.
+  if (pieces.size() < 4) num_threads = 1;
+  parallel_chunks(int64_t(pieces.size()), num_threads, [&](int64_t p, int) {
     const Piece& piece = pieces[size_t(p)];
     update(*piece.row, piece.begin, piece.end);
     for (int64_t i = piece.begin; i < piece.end; ++i) {

@@ -4,9 +4,12 @@
 //
 // A product per sample, then a pass over the weight, is bound by those passes when a sample has few
 // rows. Here a tile of the weight stays in registers while the rows of a sample go by, and in the
-// first-level cache while the samples do: the scores are read and written once. Both operands are
-// copied into panels of a tile's height and width, in which the rows follow one another.
+// first-level cache while a block of samples does. Both operands are copied into panels of a tile's
+// height and width, in which the rows follow one another. They are read through offsets of their
+// rows and columns, so that a convolution's windows are rows that were never written out.
 // Every tile is one thread's, samples and rows in order: the same bits for any number of threads.
+#include <memory>
+
 #include "cpu_clones.h"
 #include "launch.h"
 #include "parallel.h"
@@ -17,35 +20,69 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kTileRows = 6, kTileVectors = 2;  // 12 sums, 2 inputs and a broadcast: 16 registers
 constexpr int kTileColumns = kTileVectors * kLanes;
+// Gradients of a block of samples: 512 KB stay in the second-level cache from one panel of the
+// inputs to the next. Blocks of fewer rows would mostly read and write scores.
+constexpr int64_t kBlockGrads = 1 << 17;
+constexpr int64_t kBlockRows = 256;
+// More parts than threads, so that none waits long for the last one.
+constexpr int64_t kPartsPerThread = 4;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
 
-// Copies columns [first, first + width) of rows [num_rows, ...] into [num_rows, width], with zeros
-// behind the last column.
-void copy_panel(const float* rows, int64_t stride, int64_t num_rows, int64_t num_columns,
-                int64_t first, int width, float* panel) {
-  const int filled = int(std::min<int64_t>(width, num_columns - first));
-  for (int64_t t = 0; t < num_rows; ++t) {
-    const float* source = rows + t * stride + first;
-    for (int c = 0; c < filled; ++c) panel[t * width + c] = source[c];
-    for (int c = filled; c < width; ++c) panel[t * width + c] = 0.0f;
+struct Block {
+  int64_t first_sample, num_samples;
+  int64_t first_row, num_rows;  // counted over the samples' rows alone
+};
+
+std::vector<Block> blocks_of(const FisherLinear& call) {
+  const int64_t most = std::max(kBlockRows, kBlockGrads / std::max<int64_t>(1, call.num_outputs));
+  std::vector<Block> blocks;
+  int64_t row = 0;
+  for (int64_t b = 0; b < call.num_samples; ++b) {
+    const int64_t length = call.ends[b] - call.starts[b];
+    if (blocks.empty() || blocks.back().num_rows + length > most) blocks.push_back({b, 0, row, 0});
+    ++blocks.back().num_samples;
+    blocks.back().num_rows += length;
+    row += length;
+  }
+  return blocks;
+}
+
+// Copies columns [first, first + kWidth) of the block's rows into [rows, kWidth], with zeros behind
+// the last column.
+template <int kWidth>
+void copy_panel(const FisherLinear& call, const FisherOperand& from, int64_t num_columns,
+                int64_t first, const Block& block, float* panel) {
+  const int filled = int(std::min<int64_t>(kWidth, num_columns - first));
+  const int64_t* columns = from.columns + first;
+  bool adjacent = filled == kWidth;
+  for (int c = 1; c < filled; ++c) adjacent = adjacent && columns[c] == columns[0] + c;
+  for (int64_t b = block.first_sample; b < block.first_sample + block.num_samples; ++b) {
+    for (int64_t t = call.starts[b]; t < call.ends[b]; ++t, panel += kWidth) {
+      const float* source = from.data + from.rows[t];
+      if (adjacent) {
+        std::copy_n(source + columns[0], kWidth, panel);
+        continue;
+      }
+      for (int c = 0; c < filled; ++c) panel[c] = source[columns[c]];
+      for (int c = filled; c < kWidth; ++c) panel[c] = 0.0f;
+    }
   }
 }
 
-// total [kTileRows][kTileVectors] = the f's of all samples, of one tile.
-FF_CPU_CLONES void score_tile(const float* grad, const float* x, const int64_t* starts,
-                              const int64_t* ends, int64_t num_samples, bool squares,
-                              Vector* total) {
+// total [kTileRows][kTileVectors] = the f's of the block's samples, of one tile.
+FF_CPU_CLONES void score_tile(const float* grad, const float* x, const FisherLinear& call,
+                              const Block& block, Vector* total) {
+  const bool squares = call.power == 2;
   for (int i = 0; i < kTileRows * kTileVectors; ++i) total[i] = Vector{};
-  for (int64_t b = 0; b < num_samples; ++b) {
+  for (int64_t b = block.first_sample; b < block.first_sample + block.num_samples; ++b) {
     Vector sum[kTileRows][kTileVectors] = {};
-    for (int64_t t = starts[b]; t < ends[b]; ++t) {
-      const Vector* inputs = reinterpret_cast<const Vector*>(x + t * kTileColumns);
+    for (int64_t t = call.starts[b]; t < call.ends[b]; ++t, grad += kTileRows, x += kTileColumns) {
+      const Vector* inputs = reinterpret_cast<const Vector*>(x);
       const Vector left = inputs[0], right = inputs[1];
-      const float* g = grad + t * kTileRows;
       for (int r = 0; r < kTileRows; ++r) {
-        sum[r][0] += g[r] * left;
-        sum[r][1] += g[r] * right;
+        sum[r][0] += grad[r] * left;
+        sum[r][1] += grad[r] * right;
       }
     }
     for (int r = 0; r < kTileRows; ++r) {
@@ -60,31 +97,42 @@ FF_CPU_CLONES void score_tile(const float* grad, const float* x, const int64_t* 
 }  // namespace
 
 void fisher_linear_cpu(const FisherLinear& call, int num_threads) {
+  const std::vector<Block> blocks = blocks_of(call);
+  if (blocks.empty()) return;
+  const int64_t num_rows = blocks.back().first_row + blocks.back().num_rows;
+  const Block all = {0, call.num_samples, 0, num_rows};
   const int64_t row_panels = (call.num_outputs + kTileRows - 1) / kTileRows;
   const int64_t column_panels = (call.num_inputs + kTileColumns - 1) / kTileColumns;
-  const int64_t panel_size = call.num_rows * kTileRows;
-  std::vector<float> grads(size_t(row_panels * panel_size));
+  const int64_t panel_size = num_rows * kTileRows;
+  const std::unique_ptr<float[]> grads(new float[size_t(row_panels * panel_size)]);
   parallel_chunks(row_panels, num_threads, [&](int64_t p, int) {
-    copy_panel(call.grad, call.grad_stride, call.num_rows, call.num_outputs, p * kTileRows,
-               kTileRows, grads.data() + p * panel_size);
+    copy_panel<kTileRows>(call, call.grad, call.num_outputs, p * kTileRows, all,
+                          grads.get() + p * panel_size);
   });
-  std::vector<std::vector<float>> panels(size_t(std::max(1, num_threads)));
-  parallel_chunks(column_panels, num_threads, [&](int64_t c, int thread) {
-    std::vector<float>& inputs = panels[size_t(thread)];
-    inputs.resize(size_t(call.num_rows * kTileColumns));
-    const int64_t first = c * kTileColumns;
-    copy_panel(call.x, call.x_stride, call.num_rows, call.num_inputs, first, kTileColumns,
-               inputs.data());
-    const int64_t width = std::min<int64_t>(kTileColumns, call.num_inputs - first);
+
+  const auto score_panel = [&](const Block& block, int64_t column, std::vector<float>& inputs) {
+    inputs.resize(size_t(block.num_rows * kTileColumns));
+    copy_panel<kTileColumns>(call, call.x, call.num_inputs, column, block, inputs.data());
+    const int64_t width = std::min<int64_t>(kTileColumns, call.num_inputs - column);
     for (int64_t p = 0; p < row_panels; ++p) {
+      const float* panel = grads.get() + p * panel_size + block.first_row * kTileRows;
       Vector total[kTileRows * kTileVectors];
-      score_tile(grads.data() + p * panel_size, inputs.data(), call.starts, call.ends,
-                 call.num_samples, call.power == 2, total);
+      score_tile(panel, inputs.data(), call, block, total);
       const float* totals = reinterpret_cast<const float*>(total);
       const int64_t height = std::min<int64_t>(kTileRows, call.num_outputs - p * kTileRows);
       for (int64_t r = 0; r < height; ++r) {
-        float* score = call.score + (p * kTileRows + r) * call.score_stride + first;
+        float* score = call.score + (p * kTileRows + r) * call.score_stride + column;
         for (int64_t i = 0; i < width; ++i) score[i] += totals[r * kTileColumns + i];
+      }
+    }
+  };
+  const int64_t parts = std::min(column_panels, kPartsPerThread * std::max(1, num_threads));
+  std::vector<std::vector<float>> panels(size_t(std::max(1, num_threads)));
+  parallel_chunks(parts, num_threads, [&](int64_t part, int thread) {
+    const int64_t first = part * column_panels / parts, end = (part + 1) * column_panels / parts;
+    for (const Block& block : blocks) {
+      for (int64_t c = first; c < end; ++c) {
+        score_panel(block, c * kTileColumns, panels[size_t(thread)]);
       }
     }
   });

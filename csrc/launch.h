@@ -85,14 +85,19 @@ void sparse_sgd_cuda(const SparseSgdRow* rows, const StepChunk* chunks, int64_t 
 
 // ---- fisher_linear ----------------------------------------------------------------------------
 
+struct FisherOperand {  // element (row, column) is data[rows[row] + columns[column]]
+  const float* data;
+  const int64_t* rows;
+  const int64_t* columns;
+};
+
 struct FisherLinear {
   float* score;           // [num_outputs, num_inputs], added to; rows score_stride apart
-  const float* grad;      // [num_rows, num_outputs], rows grad_stride apart
-  const float* x;         // [num_rows, num_inputs], rows x_stride apart
+  FisherOperand grad;     // [num_rows, num_outputs]
+  FisherOperand x;        // [num_rows, num_inputs]
   const int64_t* starts;  // [num_samples] first row of each sample
   const int64_t* ends;    // [num_samples] one past its last row
-  int64_t num_outputs, num_inputs, num_rows, num_samples;
-  int64_t score_stride, grad_stride, x_stride;
+  int64_t num_outputs, num_inputs, num_samples, score_stride;
   int power;  // 2: squares; 1: absolute values
 };
 

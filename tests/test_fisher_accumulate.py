@@ -34,7 +34,7 @@ IN_TORCH = accumulate  # `backend` changes what the name stands for
 def backend(request, monkeypatch):
     """Both modules under the name of the one, and every thread of the compiled one busy."""
     monkeypatch.setattr(sys.modules[__name__], "accumulate", request.param)
-    monkeypatch.setattr(accumulate_cpu, "_PER_THREAD", 1)
+    monkeypatch.setattr(accumulate_cpu, "_SERIAL", 1)
 
 
 @pytest.fixture(params=["all-at-once", "a-few-at-a-time"])
@@ -47,7 +47,6 @@ def chunks(request, monkeypatch):
             monkeypatch.setattr(accumulate_conv, name, size)
         for name, size in {"_HELD": 30, "_EMBEDDED": 20, "_COLUMNS": 2}.items():
             monkeypatch.setattr(IN_TORCH, name, size)
-        monkeypatch.setattr(accumulate_cpu, "_HELD", 200)
 
 
 @pytest.fixture(params=["batches", "tiles"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from fishfast.fisher.engine.accumulate_linear import SMALL_WEIGHT, add_linear
 from fishfast.fisher.engine.power import add_sample, add_samples
 
-__all__ = ["add_conv", "interior", "padded_zeros", "windows"]
+__all__ = ["add_conv", "padded", "windows"]
 
 # fp32 values (4 MB) of the windows, or of the samples' gradients, that are held at once.
 _HELD = 2**20
@@ -96,18 +96,17 @@ def _add_windows(
     step = min(len(x), max(1, _HELD // max(score.numel(), window * height * width)))
     rows = height if step > 1 else max(-(-_POSITIONS // width), _HELD // (window * width))
     channels_last = groups == 1
-    padded = padded_zeros(x[:step], padding, channels_last)
     weight_shape = (num_out, kh, kw, channels) if channels_last else tuple(score.shape)
     total = torch.zeros(weight_shape, device=x.device)
     grads = torch.empty((step * groups, num_out // groups, window // groups), device=x.device)
     for g, a in zip(grad.split(step), x.split(step), strict=True):
         n = len(a)
         sums = grads[: n * groups]
-        interior(padded[:n], padding).copy_(a)
+        a = padded(a, padding, channels_last)
         for top in range(0, height, rows):
             block = g[:, :, top : top + rows].float()
             left = block.reshape(n * groups, num_out // groups, -1)
-            seen = windows(padded[:n], score, block, stride, dilation, top, groups)
+            seen = windows(a, score, block, stride, dilation, top, groups)
             if channels_last:
                 right = seen.permute(0, 1, 5, 6, 3, 4, 2).reshape(n, left.shape[2], -1)
             else:
@@ -121,17 +120,11 @@ def _add_windows(
     score += total.permute(0, 3, 1, 2) if channels_last else total
 
 
-def padded_zeros(x: Tensor, padding: tuple[int, int], channels_last: bool) -> Tensor:
-    """Return fp32 zeros of the padded input's shape."""
-    shape = (*x.shape[:2], x.shape[2] + 2 * padding[0], x.shape[3] + 2 * padding[1])
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, device=x.device, memory_format=layout).zero_()
-
-
-def interior(padded: Tensor, padding: tuple[int, int]) -> Tensor:
-    """Return the view of the padded input that is not padding."""
-    height, width = padded.shape[2:]
-    return padded[:, :, padding[0] : height - padding[0], padding[1] : width - padding[1]]
+def padded(x: Tensor, padding: tuple[int, int], channels_last: bool) -> Tensor:
+    """Return the input in fp32 between its zeros; as the products read it, or channels last."""
+    around = F.pad(x.float(), (padding[1], padding[1], padding[0], padding[0]))
+    # Channels whose distance is a power of two share a few lines of the cache, hence in this order.
+    return around.contiguous(memory_format=torch.channels_last) if channels_last else around
 
 
 def windows(
@@ -171,15 +164,13 @@ def _add_depthwise(
     channels, (kh, kw) = x.shape[1], score.shape[2:]
     height, width = grad.shape[2:]
     rows = max(1, _BLOCK // width)
-    step = max(1, _HELD // x[0].numel())
-    padded = padded_zeros(x[:step], padding, channels_last=False)
+    step = max(1, _HELD // (x[0].numel() + grad[0].numel()))
     used = (width - 1) * stride[1] + (kw - 1) * dilation[1] + 1
     # [C, multiplier, kh, kw]: one convolution for each of the outputs that share an input.
     scores = score.unflatten(0, (channels, -1))[:, :, 0].unbind(1)
     for g, a in zip(grad.split(step), x.split(step), strict=True):
         n = len(a)
-        interior(padded[:n], padding).copy_(a)
-        a = padded[:n].view(1, n * channels, *padded.shape[2:])[..., :used]
+        a = padded(a, padding, channels_last=False).flatten(0, 1)[None, ..., :used]
         kernels = g.float().unflatten(1, (channels, -1)).unbind(2)
         for one, kernel in zip(scores, kernels, strict=True):
             kernel = kernel.reshape(n * channels, 1, height, width)

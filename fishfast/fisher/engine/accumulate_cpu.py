@@ -13,17 +13,21 @@ from torch import Tensor
 from fishfast import _backend
 from fishfast.fisher.engine import accumulate
 from fishfast.fisher.engine.accumulate import add_embedding, add_sum
-from fishfast.fisher.engine.accumulate_conv import interior, padded_zeros, windows
+from fishfast.fisher.engine.accumulate_conv import padded, windows
 
 __all__ = ["add_conv", "add_embedding", "add_linear", "add_sum"]
 
 # Mean rows of a sample up to which the compiled kernel runs. It has 0.85 to 0.9 of MKL's rate with
 # AVX2 and catches up at 128 rows; a machine with wider vectors would do so earlier.
 _SHORT = 64
-# fp32 values (4 MB) of a convolution's windows that are held at once.
+# Output positions up to which it takes a convolution, whose windows torch's products need copied:
+# up to half of their time. Its sums are plain ones, which lose digits in longer samples. Windows of
+# fewer channels are read number by number, which pays for few positions only.
+_SHORT_CONV, _FEW_CHANNELS = 4096, 8
+# fp32 values (4 MB) of a convolution's inputs and gradients that are copied at once.
 _HELD = 2**20
-# Multiplications that keep a thread busy for longer than its start takes.
-_PER_THREAD = 2**22
+# Multiplications that keep one thread busy for longer than a start of all takes.
+_SERIAL = 2**22
 
 
 def add_linear(
@@ -43,16 +47,8 @@ def add_linear(
     if score.stride(1) != 1 or not all(t.numel() for t in (score, grad, x, starts)):
         accumulate.add_linear(score, grad, x, starts, ends, power)
         return
-    grad, x = (t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (grad, x))
-    starts, ends = starts.contiguous(), ends.contiguous()
-    useful_threads = 1 + score.numel() * len(grad) // _PER_THREAD
-    _backend.compiled().fisher_linear_cpu(
-        *(t.data_ptr() for t in (score, grad, x, starts, ends)),
-        sizes=(*score.shape, len(grad), len(starts)),
-        strides=[t.stride(0) for t in (score, grad, x)],
-        power=power,
-        num_threads=min(_backend.num_threads(), useful_threads),
-    )
+    grad, x = grad.float(), x.float()
+    _add(score, (grad, *_steps(grad)), (x, *_steps(x)), starts, ends, power)
 
 
 def add_conv(
@@ -67,28 +63,63 @@ def add_conv(
 ) -> None:
     """Add ``sum_b f( gradient of sample b's conv2d weight )`` to ``score``; see accumulate.py.
 
-    One with few output positions is a linear layer over its windows, copied.
+    It is a linear layer over the windows of the input, which are read where they are.
     """
     num_out, channels, kh, kw = score.shape
     positions = grad.shape[2:].numel()
-    # A 1x1 convolution's products need no copies, which pay for themselves later.
-    few = _SHORT // 4 if kh * kw == 1 else _SHORT
-    too_many = positions > few or channels * kh * kw * positions > _HELD
-    if groups > 1 or too_many or grad.numel() == 0:
+    # A 1x1 convolution has no windows: torch's products need no copies either.
+    few = _SHORT // 4 if kh * kw == 1 else _SHORT if channels < _FEW_CHANNELS else _SHORT_CONV
+    if groups > 1 or positions > few or not grad.numel() or not score.numel():
         accumulate.add_conv(score, grad, x, stride, padding, dilation, groups, power)
         return
-    step = min(len(x), _HELD // max(1, channels * kh * kw * positions))
-    padded = padded_zeros(x[:step], padding, channels_last=True)
-    total = torch.zeros((num_out, kh * kw * channels))  # channels last: longer runs to copy
-    ends = torch.arange(1, step + 1) * positions
+    total = torch.zeros((num_out, kh * kw * channels))  # channels last: longer runs to read
+    step = max(1, _HELD // (x[0].numel() + grad[0].numel()))
     for g, a in zip(grad.split(step), x.split(step), strict=True):
-        n = len(a)
-        interior(padded[:n], padding).copy_(a)
-        seen = windows(padded[:n], score, g, stride, dilation, 0, 1)
-        rows = seen.permute(0, 1, 5, 6, 3, 4, 2).reshape(n * positions, -1)
-        grads = g.flatten(2).transpose(1, 2).reshape(n * positions, -1).float()
+        g, a = g.float(), padded(a, padding, channels_last=True)
+        seen = windows(a, score, g, stride, dilation, 0, 1).permute(0, 1, 5, 6, 3, 4, 2)
+        by_row = g.permute(0, 2, 3, 1)
         if positions == 1:
-            accumulate.add_linear(total, grads, rows, None, None, power)
-        else:
-            add_linear(total, grads, rows, ends[:n] - positions, ends[:n], power)
+            rows = by_row.flatten(1), seen.reshape(len(g), -1)
+            accumulate.add_linear(total, *rows, None, None, power)
+            continue
+        ends = torch.arange(1, len(g) + 1) * positions
+        _add(
+            total,
+            (g, _offsets(by_row, 3), _offsets(by_row[0, 0, 0], 1)),
+            (a, _offsets(seen.flatten(0, 1), 3), _offsets(seen[0, 0, 0, 0], 3)),
+            ends - positions,
+            ends,
+            power,
+        )
     score += total.view(num_out, kh, kw, channels).permute(0, 3, 1, 2)
+
+
+def _offsets(tensor: Tensor, dims: int) -> Tensor:
+    """Return where the elements along the first dims are, from the first one."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, step in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True):
+        offsets = offsets[..., None] + torch.arange(size) * step
+    return offsets.flatten()
+
+
+def _steps(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    return _offsets(matrix, 1), _offsets(matrix.T, 1)
+
+
+_Operand = tuple[Tensor, Tensor, Tensor]  # memory, offsets of rows, offsets of columns
+
+
+def _add(
+    score: Tensor, grad: _Operand, x: _Operand, starts: Tensor, ends: Tensor, power: int
+) -> None:
+    starts, ends = starts.contiguous(), ends.contiguous()
+    _backend.compiled().fisher_linear_cpu(
+        score.data_ptr(),
+        [t.data_ptr() for t in grad],
+        [t.data_ptr() for t in x],
+        starts.data_ptr(),
+        ends.data_ptr(),
+        sizes=(*score.shape, len(starts), score.stride(0)),
+        power=power,
+        num_threads=1 if score.numel() * len(grad[1]) < _SERIAL else _backend.num_threads(),
+    )
