@@ -102,6 +102,14 @@ BadScore TopkPasses::histogram(int shift, int num_bits, uint32_t prefix, int64_t
                        const int64_t found = find_bad(bits, length);
                        if (found >= 0) bad[size_t(c)] = start + found;
                      }
+                     if (check) {
+                       int32_t any_zero = 0;
+                       for (int64_t i = 0; i < length; ++i) any_zero |= magnitude(bits[i]) == 0;
+                       if (!any_zero) {  // all are counted, as nearly always: twice as fast
+                         for (int64_t i = 0; i < length; ++i) ++bins[magnitude(bits[i]) >> shift];
+                         return;
+                       }
+                     }
                      // No branch, which half of the scores could mispredict: what is not counted
                      // here, zeros above all, goes to spare bins in turn, since one counter would
                      // wait for itself.
