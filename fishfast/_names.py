@@ -45,10 +45,9 @@ def match_names(
     for entry in [entries] if isinstance(entries, str) else entries:
         if not isinstance(entry, str):
             raise TypeError(f"{argument} entries must be strings; got {entry!r}")
-        if any(character in entry for character in "*?["):
-            found = set(fnmatch.filter(known, entry)) | _under_path(entry, known)
-        else:
-            found = _under_path(entry, known)
+        found = _under_path(entry, known)
+        if not found and any(character in entry for character in "*?["):
+            found = set(fnmatch.filter(known, entry))
         if not found:
             modules = {name.rpartition(".")[0] for name in names}
             near = difflib.get_close_matches(entry, [*names, *sorted(modules - {""})], n=3)

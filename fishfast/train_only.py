@@ -35,7 +35,7 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
         TypeError: ``mask`` is not a `SparseMask`, or ``model`` no module, or a scripted one.
         ValueError: a mask that selects nothing or does not fit the model, a weight whose dtype or
             memory cannot be trained so. The model is left as it was.
-        RuntimeError: the model has a mask already.
+        RuntimeError: the model has a mask already, or the call is in inference mode.
 
     Example:
         >>> import torch, fishfast as ff
@@ -55,6 +55,8 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
         raise RuntimeError("model has a mask already; call release() on its handle first")
     if mask.num_selected == 0:
         raise ValueError("mask must select at least one weight; got an empty mask")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("train_only must not be called in inference mode; its tensors would be")
     mask.check_fits(model)
     targets = find_targets(model, mask)
     base = BaseIdentity.of(model, mask)

@@ -299,6 +299,11 @@ def test_keep_entries(keep, kept):
     assert mask.num_selected == k
 
 
+def test_a_name_with_brackets_is_a_name_first():
+    mask = ff.top_k_mask({"a[0]": torch.rand(2), "a0": torch.rand(2)}, k=2, keep="a[0]")
+    assert {name: len(found) for name, found in mask.items()} == {"a[0]": 2, "a0": 0}
+
+
 def test_the_kept_part_is_charged_to_k_and_the_rest_competes():
     scores = {"a": torch.tensor([5.0, 1.0, 4.0]), "head": torch.zeros(2), "b": torch.tensor([4.5])}
     mask = ff.top_k_mask(scores, k=4, keep=["head"])
@@ -420,6 +425,10 @@ def test_bad_arguments_are_refused(arguments, error, text):
             {"a": torch.rand(3), "b": torch.rand(3, device="meta")}, ValueError,
             "scores must be on one device; got 'a' on cpu, 'b' on meta", id="two-devices",
         ),
+        pytest.param(
+            {"w": torch.rand(3, device="meta")}, ValueError, "scores must have values", id="meta"
+        ),
+        pytest.param({3: torch.rand(3)}, TypeError, "by names of parameters; got 3", id="no-name"),
     ],
 )  # fmt: skip
 def test_bad_mappings_are_refused(scores, error, text):

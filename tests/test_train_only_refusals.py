@@ -169,6 +169,14 @@ def test_second_train_only_is_refused() -> None:
     assert picture(tuned.model) == before
 
 
+def test_inference_mode_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    mask, before = mask_over_all(model), picture(model)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="not be called in inference"):
+        ff.train_only(model, mask)
+    assert picture(model) == before
+
+
 def test_something_that_is_no_module_is_refused() -> None:
     mask = mask_over_all(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model must be a torch.nn.Module; got dict"):

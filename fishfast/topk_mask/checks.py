@@ -42,6 +42,8 @@ def check_scores(scores: Mapping[str, Scores]) -> torch.device:
     if not scores:
         raise ValueError("scores must cover at least one weight; got an empty mapping")
     for name, score in scores.items():
+        if not isinstance(name, str):
+            raise TypeError(f"scores must go by names of parameters; got {name!r}")
         got: object = None
         if not isinstance(score, (Tensor, StoredScore)):
             got = type(score).__name__
@@ -57,4 +59,7 @@ def check_scores(scores: Mapping[str, Scores]) -> torch.device:
     if len(devices) > 1:
         listed = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"scores must be on one device; got {listed}; move them with .to()")
-    return next(iter(devices))
+    (device,) = devices
+    if device.type == "meta":
+        raise ValueError("scores must have values; got tensors on the meta device")
+    return device
