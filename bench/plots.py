@@ -116,6 +116,7 @@ def _training(run: Run) -> Figure:
     )
     for panels, case in zip(axes, cases, strict=True):
         rows = [row for row in case.rows if not is_floor(row)]
+        rows.sort(key=lambda row: not row["contender"].startswith(OURS))  # ours on top
         names = [row["contender"] for row in rows]
         memory = [row.get("total_bytes", row.get("peak_bytes", 0)) / 2**20 for row in rows]
         times = [row["median_us"] / 1e3 for row in rows]
@@ -177,9 +178,8 @@ def _fixed(rows: list[Figures], size: str) -> str:
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     columns = min(2, count)
     rows = math.ceil(count / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5.2 * columns, 3.6 * rows + 0.6), squeeze=False
-    )
+    size = (5.2 * columns if columns > 1 else 7.0, 3.6 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     panels = list(axes.flat)
     for unused in panels[count:]:
         unused.set_visible(False)
@@ -211,18 +211,28 @@ def _lines(
         )
     panel.set_xscale("log", base=2 if x in ("length", "batch") else 10)
     panel.set_yscale("log")
-    if x in ("length", "batch"):
-        ticks = sorted({row[x] for row in rows})
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
-    if x == "density":
-        panel.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    ticks = sorted({row[x] for row in rows})
+    if len(ticks) <= 10:
+        panel.set_xticks(ticks, [f"{100 * t:g} %" if x == "density" else _size(t) for t in ticks])
     low, high = panel.get_ylim()
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    panel.yaxis.set_minor_formatter(NullFormatter())
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     panel.set_xlabel(_WORDS[x])
     panel.grid(which="major", alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _size(value: int) -> str:
+    """Return a number for an axis: 128, 2^20, 10^9, 3e+07."""
+    if value < 10_000:
+        return str(value)
+    for base in (10, 2):
+        power = round(math.log(value, base))
+        if base**power == value:
+            return f"${base}^{{{power}}}$"
+    return f"{value:.2g}"
 
 
 def _style(contender: str, run: Run) -> tuple[str, str, str]:
@@ -243,18 +253,20 @@ def _finish(figure: Figure, title: str, run: Run) -> None:
     entries: dict[str, Any] = {}
     for panel in figure.axes:
         entries.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    height = figure.get_figheight()
     footer = textwrap.fill(machine_line(run.machine), width=int(15 * figure.get_figwidth()))
-    bottom = (0.25 + 0.15 * (footer.count("\n") + 1)) / height
     longest = max((len(name) for name in entries), default=0)
     columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.7 + 0.065 * longest))))
+    legend = 0.1 + 0.2 * math.ceil(len(entries) / columns)  # inches
+    figure.set_figheight(figure.get_figheight() + legend)
+    height = figure.get_figheight()
+    bottom = (0.25 + 0.15 * (footer.count("\n") + 1)) / height
     if entries:
         figure.legend(
             list(entries.values()), list(entries), loc="lower center", ncol=columns, fontsize=8,
             frameon=False, bbox_to_anchor=(0.5, bottom - 0.05 / height),
         )  # fmt: skip
-        bottom += (0.1 + 0.2 * math.ceil(len(entries) / columns)) / height
-    marked = f"REHEARSAL, not a measurement. {title}" if run.machine.get("rehearsal") else title
+        bottom += legend / height
+    marked = f"REHEARSAL, not a measurement\n{title}" if run.machine.get("rehearsal") else title
     figure.suptitle(marked, fontsize=11)
     figure.text(0.5, 0.08 / height, footer, ha="center", va="bottom", fontsize=6.5, color="#444444")
     figure.tight_layout(rect=(0, bottom, 1, 1 - 0.05 / height))
