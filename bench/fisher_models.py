@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import full_size
+from harness import full_size, short_set
 from torch import Tensor, nn
 
 __all__ = ["WORKLOADS", "Workload", "load"]
@@ -51,6 +51,15 @@ class Workload:
         return sum(len(next(iter(batch.values()))) for batch in self.batches)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What a figure is drawn against: B and, of sequences, T."""
+        first = self.batches[0]
+        sizes = {"batch": len(next(iter(first.values())))}
+        if "input_ids" in first:
+            sizes["length"] = first["input_ids"].shape[1]
+        return sizes
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
@@ -73,19 +82,19 @@ class Workload:
 
 
 @functools.lru_cache(maxsize=1)
-def load(name: str, device: torch.device) -> Workload:
+def load(name: str, device: torch.device, **sizes: int) -> Workload:
     """Build a workload on a device; the one that was built before is let go.
 
     Args:
         name: one of `WORKLOADS`.
         device: where it runs; a GPU gets the large sizes in bf16.
+        sizes: other than those of ``name`` on this device, such as ``length``.
 
     Raises:
         ImportError: the models of transformers are not installed.
     """
     torch.manual_seed(0)
-    sizes = _SIZES[_size(device)][name]
-    workload = WORKLOADS[name](**sizes)
+    workload = WORKLOADS[name](**{**_SIZES[_size(device)][name], **_fewer(), **sizes})
     dtype = torch.bfloat16 if _size(device) == "gpu" else torch.float32
     workload.model.to(device, dtype).eval()
     for batch in workload.batches:
@@ -93,8 +102,9 @@ def load(name: str, device: torch.device) -> Workload:
             batch[key] = values.to(device, dtype if values.is_floating_point() else None)
     if any(isinstance(module, nn.BatchNorm2d) for module in workload.model.modules()):
         _set_statistics(workload)
-    batch_size = len(next(iter(workload.batches[0].values())))
-    workload.title += f" B={batch_size} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+    workload.title += (
+        f" B={workload.sizes['batch']} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+    )
     return workload
 
 
@@ -102,6 +112,11 @@ def _size(device: torch.device) -> str:
     if not full_size():
         return "toy"
     return "gpu" if device.type == "cuda" else "cpu"
+
+
+def _fewer() -> dict[str, int]:
+    """Fewer batches where minutes count: only the share of the first one changes with them."""
+    return {"batches": 4} if short_set() else {}
 
 
 def _set_statistics(workload: Workload) -> None:
