@@ -1,15 +1,46 @@
-"""Puts the machine into pytest-benchmark's JSON and in front of its output."""
+"""Runs the benchmarks: machine first, cases in turns, a time budget, and a flat JSON of figures.
+
+The JSON that a run writes is the one that `bench/results` keeps: the machine, one flat entry per
+figure, and by name what was skipped and what failed.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
+import harness
+import pytest
 import torch
-from harness import full_size, machine
+from machine import full_size, machine, machine_line
+
+_STATE = pytest.StashKey["_Run"]()
 
 
-def pytest_configure() -> None:
+class _Run:
+    """What one run knows beside its figures."""
+
+    def __init__(self) -> None:
+        seconds = os.environ.get("FISHFAST_BENCH_SECONDS")
+        self.budget = float(seconds) if seconds else None
+        self.start = time.monotonic()
+        self.files: list[str] = []
+        self.count = 0
+        self.skipped: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+
+    def spent(self, file: str) -> bool:
+        """Return whether the file's share is used up; what it leaves, the files after it have."""
+        if self.budget is None:
+            return False
+        share = (self.files.index(file) + 1) / len(self.files)
+        return time.monotonic() - self.start > share * self.budget
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Run toy sizes in one thread: waking more costs more than the work."""
+    config.stash[_STATE] = _Run()
     if not full_size():
         torch.set_num_threads(1)
 
@@ -18,12 +49,87 @@ def pytest_report_header() -> str:
     """Head the figures with the machine that they belong to."""
     info = machine()
     note = "REHEARSAL at toy size: " if info["rehearsal"] else ""
-    return (
-        f"{note}{info['device']}, driver {info['driver']}, torch {info['torch']}, "
-        f"triton {info['triton']}, commit {info['commit']}"
+    return note + machine_line(info)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run the contenders of one case after each other: the budget cuts no comparison in half."""
+    cases: dict[Any, int] = {}
+    for item in items:
+        cases.setdefault(_labels(item)["key"], len(cases))
+    items.sort(key=lambda item: cases[_labels(item)["key"]])
+    state = config.stash[_STATE]
+    state.files = list(dict.fromkeys(_stage(item) for item in items))
+    state.count = len(items)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, by name, what the time budget leaves no time for."""
+    state = item.config.stash[_STATE]
+    if state.spent(_stage(item)):
+        pytest.skip(f"no time left of {state.budget:.0f} s (FISHFAST_BENCH_SECONDS)")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Keep what has no figure, with the reason."""
+    report = yield
+    if report.failed or report.skipped:
+        state = item.config.stash[_STATE]
+        labels = _labels(item)
+        entry = {"name": item.name, "stage": _stage(item), "case": labels["case"]}
+        entry["contender"] = labels["contender"]
+        entry |= harness.skipped_labels.pop(item.nodeid, {})
+        entry.setdefault("reason", _reason(report))
+        (state.failed if report.failed else state.skipped).append(entry)
+    return report
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Leave figures and what they depend on: no host name, no times of the wall clock."""
+    state = config.stash[_STATE]
+    figures = [_flat(entry) for entry in output_json["benchmarks"]]
+    output_json.clear()
+    output_json.update(
+        machine=machine(), benchmarks=figures, skipped=state.skipped, failed=state.failed
     )
 
 
-def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Add the machine that `harness.machine` describes."""
-    output_json["machine"] = machine()
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return one entry of pytest-benchmark as `bench/results` has it."""
+    file = entry["fullname"].split("::")[0]
+    params = entry["params"] or {}
+    contender = str(params.get("contender", "fishfast"))
+    labels = {
+        "name": entry["name"],
+        "stage": file.rsplit("/", 1)[-1].removeprefix("bench_").removesuffix(".py"),
+        "case": ", ".join(str(v) for k, v in params.items() if k not in ("contender", "device")),
+        "contender": contender,
+    }
+    labels |= entry["extra_info"]
+    ours = labels["contender"].startswith("fishfast")
+    info = machine()
+    default = f"fishfast {info['fishfast']['version']}" if ours else f"torch {info['torch']}"
+    labels.setdefault("version", default)
+    return labels
+
+
+def _stage(item: pytest.Item) -> str:
+    return item.path.stem.removeprefix("bench_")
+
+
+def _labels(item: pytest.Item) -> dict[str, Any]:
+    """Return a case's contender, its other parameters, and what its contenders have in common."""
+    case = getattr(item, "callspec", None)
+    params = dict(case.params) if case is not None else {}
+    contender = str(params.pop("contender", "fishfast"))
+    others = ", ".join(str(v) for k, v in params.items() if k != "device")
+    key = (_stage(item), getattr(item, "originalname", item.name), others)
+    return {"contender": contender, "case": others, "key": key}
+
+
+def _reason(report: pytest.TestReport) -> str:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash is not None else report.longrepr).splitlines()[0][:300]

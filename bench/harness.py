@@ -1,151 +1,98 @@
-"""How everything is measured here: one machine line, one clock per device, counted bytes.
+"""How everything is measured here: one clock per device, counted bytes, a floor of the same run.
 
-A case is timed with the device's own clock (CUDA events; perf_counter on a CPU), after a warm-up,
-with a cold L2 on a GPU, and reported as median with p20 and p80. Bytes are counted from the tensors
-and turned into GB/s and into percent of the copy bandwidth that was measured in the same run.
-`compare` times a contender and its floor in turns, so that a busy machine slows both. Peak memory
-is what torch's allocators held, on a GPU and on a CPU alike.
+A case passes its correctness gate, or it gets no figure. It is then timed with the device's own
+clock (CUDA events; perf_counter on a CPU), after a warm-up, with a cold L2 on a GPU, and reported
+as median with p20 and p80. Bytes and FLOPs are counted from the tensors. The floor is measured in
+the same run: what the case names (one read of the tensor, a plain training step), timed in turns
+with it so that a busy machine slows both, or what the counted bytes take at the bandwidth of a
+large copy. Peak memory is what torch's allocators held, on a GPU and on a CPU alike.
+
+A case calls `record`. Its keywords beyond those listed there are labels, which go into the JSON as
+they are; the report wants
+
+    stage       "topk_mask"; default: the file's name without "bench_"
+    case        what all compared contenders share; default: the test's other parameters
+    contender   "fishfast" is ours; default: the test's parameter of this name
+    version     "peft 0.18.0"; default: fishfast's, or torch's
+    num_params, num_selected, density, num_tensors, batch, length   what plots have on an axis
+    values, dtype, model     what else tells cases apart
+    total_bytes   all that training holds at its peak, weights included
+
+and `record` adds ``median_us``, ``p20_us``, ``p80_us``, ``bytes``, ``gb_per_s``, ``flops``,
+``tflop_per_s``, ``floor_us``, ``floor_name``, ``times_floor``, ``percent_of_floor``,
+``peak_bytes`` and ``relative_error``. A contender that cannot run calls `skip`, and the report
+names it with the reason.
 
 Sizes: ``FISHFAST_BENCH=toy`` shows in seconds that everything runs (the default without a GPU, for
-CI), ``FISHFAST_BENCH=full`` measures.
+CI), ``full`` measures, ``gpu`` measures what one card does in a few minutes. With
+``FISHFAST_BENCH_SECONDS`` the cases for which no time is left are skipped, by name (conftest.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
-
-import fishfast as ff
+from clock import compare, measure
+from floors import copy_bandwidth, gemm_rate, read_bandwidth, roofline_us
+from machine import full_size, gpu_subset, machine, version
 
 __all__ = [
-    "compare", "copy_bandwidth", "devices", "full_size", "machine", "measure", "peak_bytes",
-    "record", "synchronized", "version",
+    "WrongResult", "compare", "copy_bandwidth", "devices", "full_size", "gate", "gemm_rate",
+    "gpu_subset", "machine", "measure", "peak_bytes", "read_bandwidth", "record", "roofline_us",
+    "skip", "synchronized", "version",
 ]  # fmt: skip
 
-_WARMUP, _REPEATS = 3, 20
-_FEWEST_REPEATS = 3  # of a case that is slow
-_FLUSH_BYTES = 2**28  # several times the L2 of any card
-# Whose version a figure depends on, beside torch and triton; None: not installed.
-_PEERS = ("transformers", "opacus", "backpack-for-pytorch")
+
+class WrongResult(AssertionError):
+    """What was to be timed gave a wrong result: it gets no figure."""
+
+
+def gate(title: str, check: Callable[[], Any]) -> Any:
+    """Run a correctness check before anything is timed.
+
+    Args:
+        title: what is checked, for the message.
+        check: raises AssertionError on a wrong result; may return the relative error.
+
+    Returns:
+        What ``check`` returns.
+
+    Raises:
+        WrongResult: the check failed.
+    """
+    try:
+        return check()
+    except AssertionError as error:
+        reason = " ".join(str(error).split()) or "its check failed"
+        raise WrongResult(f"{title} is wrong: {reason}; no figure") from error
+
+
+def skip(reason: str, contender: str, **labels: Any) -> NoReturn:
+    """Skip a contender that cannot run here; the report names it with the reason.
+
+    Args:
+        reason: such as "needs peft, not installed".
+        contender: who.
+        labels: as of `record`: ``stage``, ``case`` and parameters.
+    """
+    skipped_labels[os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0]] = {
+        "contender": contender, **labels, "reason": reason,
+    }  # fmt: skip
+    pytest.skip(f"{contender}: {reason}")
+
+
+skipped_labels: dict[str, dict[str, Any]] = {}  # test -> what `skip` was told; conftest.py reads it
 
 
 def devices() -> list[torch.device]:
     """Return where to measure: the GPU if there is one, else the CPU."""
     return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
-
-
-def full_size() -> bool:
-    """Return whether to measure at full size; else at a toy size, only to see that it runs."""
-    default = "full" if torch.cuda.is_available() else "toy"
-    size = os.environ.get("FISHFAST_BENCH", default)
-    if size not in ("toy", "full"):
-        raise ValueError(f"FISHFAST_BENCH must be 'toy' or 'full'; got {size!r}")
-    return size == "full"
-
-
-@functools.cache
-def machine() -> dict[str, Any]:
-    """Return what a figure is worth nothing without: machine, driver, versions, commit."""
-    gpu = torch.cuda.is_available()
-    return {
-        "rehearsal": not full_size(),  # toy sizes only show that the script runs
-        "device": torch.cuda.get_device_name() if gpu else _processor(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "peers": {name: version(name) for name in _PEERS},
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "commit": _output("git", "describe", "--always", "--dirty"),
-        "fishfast": ff.build_info(),
-    }
-
-
-def version(package: str) -> str | None:
-    """Return the installed version of a package; None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "cpu"
-
-
-def measure(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Time ``run`` on its device's clock.
-
-    Args:
-        run: what is timed; inputs are built before.
-        device: where it runs.
-
-    Returns:
-        ``median_us``, ``p20_us`` and ``p80_us``.
-    """
-    clock = _time_cuda if device.type == "cuda" else _time_cpu
-    for _ in range(_WARMUP):
-        run()
-    times = [clock(run) for _ in range(_REPEATS)]
-    return _summary(times)
-
-
-def compare(
-    run: Callable[[], Any], floor: Callable[[], Any], device: torch.device, seconds: float = 5.0
-) -> dict[str, float]:
-    """Time ``run`` and its floor in turns, and take the ratio of each turn.
-
-    Args:
-        run: what is timed; inputs are built before.
-        floor: what it is held against, on the same inputs.
-        device: where both run.
-        seconds: about how long to measure, beyond the fewest repeats.
-
-    Returns:
-        What `measure` returns, ``floor_us`` (median) and ``times_floor`` (median of the ratios).
-    """
-    clock = _time_cuda if device.type == "cuda" else _time_cpu
-    warmup = clock(floor) + clock(run)
-    repeats = int(1e6 * seconds / warmup)
-    repeats = max(_FEWEST_REPEATS, min(repeats, _REPEATS))
-    if warmup < 1e5:  # as `measure` does; what is slow is warm by now
-        for _ in range(_WARMUP - 1):
-            floor(), run()
-    turns = [(clock(floor), clock(run)) for _ in range(repeats)]
-    return {
-        **_summary([time for _, time in turns]),
-        "floor_us": statistics.median(time for time, _ in turns),
-        "times_floor": statistics.median(time / own_floor for own_floor, time in turns),
-    }
-
-
-def _summary(times: list[float]) -> dict[str, float]:
-    quintiles = statistics.quantiles(times, n=5, method="inclusive")
-    return {"median_us": statistics.median(times), "p20_us": quintiles[0], "p80_us": quintiles[-1]}
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
@@ -187,32 +134,6 @@ def _quiet() -> Iterator[None]:
         os.close(saved)
 
 
-def _time_cpu(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e6 * (time.perf_counter() - start)
-
-
-def _time_cuda(run: Callable[[], Any]) -> float:
-    torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()  # cold L2
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return 1e3 * start.elapsed_time(end)
-
-
-@functools.cache
-def copy_bandwidth(device: torch.device) -> float:
-    """Return GB/s of a large copy, bytes read plus bytes written: every kernel's floor."""
-    elements = 2**28 if device.type == "cuda" else 2**24
-    source = torch.ones(elements, device=device)
-    target = torch.empty_like(source)
-    timing = measure(lambda: target.copy_(source), device)
-    return 8 * elements / timing["median_us"] / 1e3
-
-
 def synchronized(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:
     """Return ``run`` for a wall clock: it ends when the device has."""
 
@@ -224,24 +145,74 @@ def synchronized(run: Callable[[], Any], device: torch.device) -> Callable[[], N
     return whole
 
 
-def record(benchmark: Any, run: Callable[[], Any], device: torch.device, num_bytes: int) -> None:
-    """Measure one case and put it into pytest-benchmark's table and JSON.
+def record(
+    benchmark: Any,
+    run: Callable[[], Any],
+    device: torch.device,
+    num_bytes: int,
+    *,
+    flops: int = 0,
+    floor: Callable[[], Any] | float | None = None,
+    gate: Callable[[], Any] | None = None,
+    **labels: Any,
+) -> None:
+    """Check one case, measure it, and put it into the JSON and on a line of the output.
 
     Args:
-        benchmark: pytest-benchmark's fixture; it times the same call by the wall clock.
-        run: what is timed, already shown to be correct.
+        benchmark: pytest-benchmark's fixture.
+        run: what is timed.
         device: where it runs.
         num_bytes: what the operation must move at the least.
+        flops: what it must multiply and add at the least.
+        floor: what cannot be beaten: a call, timed in turns with ``run``, or microseconds. None is
+            ``num_bytes`` at the bandwidth of a copy. The label ``floor_name`` says it in words.
+        gate: raises AssertionError if ``run`` gives a wrong result, and may return the relative
+            error; None: the caller has checked.
+        labels: what the report tells cases apart by; see the head of this file.
+
+    Raises:
+        WrongResult: the gate was red; nothing is timed, printed or stored.
     """
-    timing = measure(run, device)
-    gb_per_s = num_bytes / timing["median_us"] / 1e3
-    percent = 100 * gb_per_s / copy_bandwidth(device)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    benchmark.extra_info.update(
-        timing, bytes=num_bytes, gb_per_s=gb_per_s, percent_of_copy=percent, peak_bytes=peak
-    )
-    benchmark.pedantic(synchronized(run, device), rounds=5, warmup_rounds=1)
+    title = labels.get("case", benchmark.name)
+    contender = labels.get("contender", "")
+    if gate is not None:
+        error = _gate(f"{contender} on {title}".removeprefix(" on "), gate)
+        if isinstance(error, float):
+            labels["relative_error"] = error
+    figures = _figures(run, device, num_bytes, flops, floor)
+    figures["peak_bytes"] = peak_bytes(run, device)
+    labels.setdefault("floor_name", "its floor" if callable(floor) else "its bytes, copied")
+    benchmark.extra_info.update(labels, **figures)
+    benchmark.pedantic(synchronized(run, device), rounds=1)
+    rate = f"{figures['gb_per_s']:>8.1f} GB/s"
+    if flops:
+        rate += f"  {figures['tflop_per_s']:>8.3f} TFLOP/s"
     print(
-        f"{benchmark.name:<58} {timing['median_us']:>11.1f} us  {gb_per_s:>8.1f} GB/s  "
-        f"{percent:>5.1f} % of copy"
+        f"{contender or benchmark.name:<30} {title if contender else '':<44} "
+        f"{figures['median_us']:>11.1f} us  {rate}  {figures['percent_of_floor']:>5.1f} % of "
+        f"{labels['floor_name']}  {figures['peak_bytes'] / 2**20:>9.1f} MiB held"
     )
+
+
+_gate = gate  # `record` has an argument of this name
+
+
+def _figures(
+    run: Callable[[], Any],
+    device: torch.device,
+    num_bytes: int,
+    flops: int,
+    floor: Callable[[], Any] | float | None,
+) -> dict[str, Any]:
+    if callable(floor):
+        timing = compare(run, floor, device)
+    else:
+        timing = measure(run, device)
+        if floor is None:
+            floor = roofline_us(num_bytes, 0, device, torch.float32)
+        timing |= {"floor_us": floor, "times_floor": timing["median_us"] / floor}
+    us = timing["median_us"]
+    figures = {**timing, "bytes": num_bytes, "gb_per_s": num_bytes / us / 1e3}
+    if flops:
+        figures |= {"flops": flops, "tflop_per_s": flops / us / 1e6}
+    return figures | {"percent_of_floor": 100 / timing["times_floor"]}

@@ -1,0 +1,97 @@
+"""The clock of each device: events on a GPU with a cold L2, perf_counter on a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from machine import full_size
+
+__all__ = ["compare", "measure"]
+
+_WARMUP, _REPEATS = 3, 20
+_FEWEST_REPEATS = 3  # of a case that is slow
+_FLUSH_BYTES = 2**28  # several times the L2 of any card
+
+
+def measure(
+    run: Callable[[], Any], device: torch.device, seconds: float | None = None
+) -> dict[str, float]:
+    """Time ``run`` on its device's clock.
+
+    Args:
+        run: what is timed; inputs are built before.
+        device: where it runs.
+        seconds: about how long to measure, beyond the fewest repeats; default 1, at toy size 0.02.
+
+    Returns:
+        ``median_us``, ``p20_us`` and ``p80_us``.
+    """
+    clock = _time_cuda if device.type == "cuda" else _time_cpu
+    repeats = _warm_up([run], clock, seconds)
+    return _summary([clock(run) for _ in range(repeats)])
+
+
+def compare(
+    run: Callable[[], Any], floor: Callable[[], Any], device: torch.device,
+    seconds: float | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Time ``run`` and its floor in turns, and take the ratio of each turn.
+
+    Args:
+        run: what is timed; inputs are built before.
+        floor: what it is held against, on the same inputs.
+        device: where both run.
+        seconds: about how long to measure, beyond the fewest repeats; default 1, at toy size 0.02.
+
+    Returns:
+        What `measure` returns, ``floor_us`` (median) and ``times_floor`` (median of the ratios).
+    """
+    clock = _time_cuda if device.type == "cuda" else _time_cpu
+    repeats = _warm_up([floor, run], clock, seconds)
+    turns = [(clock(floor), clock(run)) for _ in range(repeats)]
+    return {
+        **_summary([time for _, time in turns]),
+        "floor_us": statistics.median(time for time, _ in turns),
+        "times_floor": statistics.median(time / own_floor for own_floor, time in turns),
+    }
+
+
+def _warm_up(
+    runs: list[Callable[[], Any]], clock: Callable[..., float], seconds: float | None
+) -> int:
+    """Run each a few times, and return how many repeats fit into the time.
+
+    The first run may compile; what took long even so is warm by now.
+    """
+    if seconds is None:
+        seconds = 1.0 if full_size() else 0.02
+    first = sum(clock(run) for run in runs)
+    if first > 2e6:
+        return max(_FEWEST_REPEATS, min(int(1e6 * seconds / first), _REPEATS))
+    times = [sum(clock(run) for run in runs) for _ in range(_WARMUP - 1)]
+    return max(_FEWEST_REPEATS, min(int(1e6 * seconds / min(times)), _REPEATS))
+
+
+def _summary(times: list[float]) -> dict[str, float]:
+    quintiles = statistics.quantiles(times, n=5, method="inclusive")
+    return {"median_us": statistics.median(times), "p20_us": quintiles[0], "p80_us": quintiles[-1]}
+
+
+def _time_cpu(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e6 * (time.perf_counter() - start)
+
+
+def _time_cuda(run: Callable[[], Any]) -> float:
+    torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()  # cold L2
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end)
