@@ -23,7 +23,7 @@ import pytest
 import torch
 from fisher_baselines import Unavailable
 from fisher_models import Workload, build
-from harness import compare, devices, full_size, peak_bytes, synchronized
+from harness import compare, devices, full_size, gate, peak_bytes, skip, synchronized
 from shapes import BERT_LARGE, LLAMA_1B, size_set
 from train_contenders import CONTENDERS, FLOOR, Budget, Masks, Training, label, prepare
 from train_reference import Reference, check, train_reference
@@ -77,14 +77,13 @@ def train_and_record(benchmark: Any, contender: str, case: str, device: torch.de
         device: where it trains.
 
     Raises:
-        WrongStep: it does not train what it should.
+        WrongResult: it does not train what it should.
     """
     budget, masks, title, num_params = _prepared(case, device)
     try:
         training, error, total = _measured(contender, case, device)
     except Unavailable as reason:
-        print(f"{contender:<32} {title:<30} skipped: {reason}")
-        pytest.skip(f"{contender} on {title}: {reason}")
+        skip(str(reason), contender, stage="train_step", case=title)
     full, state = _memory_of_full(case, device)
     timing = compare(training.step, _floor(case, device).step, device, _SECONDS)
     benchmark.pedantic(synchronized(training.step, device), rounds=1)
@@ -152,8 +151,8 @@ def _measured(
     workload = _make(case, device)
     weights = dict(workload.model.named_parameters())
     training = prepare(contender, workload, budget, masks)
-    error = check(contender, training, weights, reference)
-    del weights
+    title = f"{contender} on {workload.title}"
+    error = gate(title, lambda: check(training, weights, reference))
     resident = resident_bytes(device) - before
     return training, error, resident + peak_bytes(training.step, device)
 

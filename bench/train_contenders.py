@@ -58,6 +58,11 @@ class Training:
         """Return the batch's mean loss."""
         return self.workload.loss_fn(self.model, self.workload.batches[0]).mean()
 
+    def evaluate(self) -> float:
+        """Return the batch's mean loss as a number."""
+        with torch.no_grad():
+            return float(self.loss())
+
     def backward(self) -> None:
         """Run forward and backward: gradients are in the parameters."""
         self.loss().backward()
@@ -221,29 +226,36 @@ def _dense_masked(workload: Workload, budget: Budget, masks: Masks) -> Training:
     return training
 
 
-def _peft(config: Callable[[Any, Budget], Any], **options: Any) -> Build:
+def _peft(config: Callable[[Any, Budget, nn.Module], Any], **options: Any) -> Build:
     def build(workload: Workload, budget: Budget, masks: Masks) -> Training:
         import peft
 
         if options and workload.dtype == torch.float32:
             raise Unavailable("the model is fp32: nothing but LoRA all-linear")
-        model = peft.get_peft_model(workload.model, config(peft, budget), **options)
+        base = workload.model
+        model = peft.get_peft_model(base, config(peft, budget, base), **options)
         parameters = [p for p in model.parameters() if p.requires_grad]
         return Training(model, workload, parameters, fused_adamw(parameters))
 
     return build
 
 
-def _lora(peft: Any, budget: Budget) -> Any:
+def _lora(peft: Any, budget: Budget, model: nn.Module) -> Any:
     return peft.LoraConfig(r=budget.rank, target_modules="all-linear")
 
 
-def _lora_on_queries(peft: Any, budget: Budget) -> Any:
+def _lora_on_queries(peft: Any, budget: Budget, model: nn.Module) -> Any:
     return peft.LoraConfig(r=budget.queries_rank, target_modules=list(_QUERIES_AND_VALUES))
 
 
-def _shira(peft: Any, budget: Budget) -> Any:
-    return peft.ShiraConfig(r=budget.rank, target_modules="all-linear", random_seed=0)
+def _shira(peft: Any, budget: Budget, model: nn.Module) -> Any:
+    """It refuses layers with fewer weights than LoRA's of the same rank, such as a small head."""
+    layers = [
+        name
+        for name, m in linear_layers(model).items()
+        if budget.rank * (m.in_features + m.out_features) <= m.weight.numel()
+    ]
+    return peft.ShiraConfig(r=budget.rank, target_modules=layers, random_seed=0)
 
 
 CONTENDERS: dict[str, Contender] = {

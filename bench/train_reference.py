@@ -1,7 +1,6 @@
 """What a masked training step must do: dense training, the gradient times the mask.
 
-Weights, moments and the mask are dense, fp32 and torch's own. A wrong gradient, step or write of a
-contender is a `WrongStep`.
+Weights, moments and the mask are dense, fp32 and torch's own.
 """
 
 from __future__ import annotations
@@ -15,16 +14,12 @@ from train_contenders import LEARNING_RATE, Training
 
 import fishfast as ff
 
-__all__ = ["Reference", "WrongStep", "check", "train_reference"]
+__all__ = ["Reference", "check", "train_reference"]
 
 _STEPS = 2  # LoRA's A has no gradient in the first one
 # Of the gradients' norm. fp32: sums of thousands of products in another order. bf16: a gradient,
 # and what it is computed from, are rounded to 2**-9 each.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-7}
-
-
-class WrongStep(AssertionError):
-    """A contender trains something else than it should: it gets no figure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +52,14 @@ def train_reference(workload: Workload, mask: ff.SparseMask) -> Reference:
     optimizer = torch.optim.AdamW(
         masters.values(), lr=LEARNING_RATE, weight_decay=0.0, foreach=False
     )
-    first_loss, gradients = float(training.loss()), {}
+    first_loss, gradients = training.evaluate(), {}
     for step in range(_STEPS):
         training.backward()
         if step == 0:
             gradients = {
-                name: _selected(weights[name].grad, indices) for name, indices in mask.items()
+                name: _selected(weights[name].grad, indices)
+                for name, indices in mask.items()
+                if len(indices)
             }
         for name, p in weights.items():
             keep = torch.zeros(p.shape, dtype=torch.bool, device=p.device)
@@ -75,7 +72,7 @@ def train_reference(workload: Workload, mask: ff.SparseMask) -> Reference:
             for name, p in weights.items():
                 p.grad = None
                 p.copy_(masters[name])
-    return Reference(mask, gradients, first_loss, float(training.loss()))
+    return Reference(mask, gradients, first_loss, training.evaluate())
 
 
 def _selected(values: Tensor, indices: Tensor) -> Tensor:
@@ -83,13 +80,12 @@ def _selected(values: Tensor, indices: Tensor) -> Tensor:
 
 
 def check(
-    contender: str, training: Training, weights: dict[str, nn.Parameter],
+    training: Training, weights: dict[str, nn.Parameter],
     reference: Reference | None,
 ) -> float | None:  # fmt: skip
     """Refuse a training that does not train what it should.
 
     Args:
-        contender: its name.
         training: has taken no step yet; afterwards it has taken two.
         weights: of the model as it was before the contender changed it.
         reference: of a masked training; None for full fine-tuning, and for adapters, whose base
@@ -99,12 +95,12 @@ def check(
         The relative error of the gradients, of a masked training.
 
     Raises:
-        WrongStep: gradients or the loss differ from the reference's, weights that do not train
+        AssertionError: gradients or the loss differ from the reference's, weights that do not train
             change, or weights that do, do not.
     """
     before = {name: p.detach().clone() for name, p in weights.items()}
     trained = [(p, p.detach().clone()) for p in training.parameters]
-    error = None if reference is None else _check_gradients(contender, training, weights, reference)
+    error = None if reference is None else _check_gradients(training, weights, reference)
     for _ in range(_STEPS):
         training.step()
     free = set() if reference is not None else {id(p) for p in training.parameters}
@@ -113,20 +109,19 @@ def check(
         if reference is not None and name in reference.mask:
             changed[reference.mask[name].to(p.device).long()] = False
         if id(p) not in free and changed.any():
-            raise WrongStep(
-                f"{contender} changed {int(changed.sum())} weights of {name!r} that it does not "
-                "train; no figure"
+            raise AssertionError(
+                f"it changed {int(changed.sum())} weights of {name!r} that it does not train"
             )
     moved = any(bool((p != old).any()) for p, old in trained)
     if training.optimizer is not None and not moved:
-        raise WrongStep(f"{contender} trains nothing; no figure")
+        raise AssertionError("it trains nothing")
     if reference is not None:
-        _check_loss(contender, training, reference)
+        _check_loss(training, reference)
     return error
 
 
 def _check_gradients(
-    contender: str, training: Training, weights: dict[str, nn.Parameter], reference: Reference
+    training: Training, weights: dict[str, nn.Parameter], reference: Reference
 ) -> float:
     training.backward()
     compact = dict(training.model.named_parameters())  # type: ignore[attr-defined]
@@ -142,23 +137,22 @@ def _check_gradients(
         p.grad = None
     error, allowed = (difference / norm) ** 0.5, _TOLERANCE[training.workload.dtype]
     if not error <= allowed:  # NaN too
-        raise WrongStep(
-            f"{contender} has wrong gradients: relative error {error:.2e}, allowed "
-            f"{allowed:.2e}; no figure"
+        raise AssertionError(
+            f"its gradients have a relative error of {error:.2e}, allowed {allowed:.2e}"
         )
     return error
 
 
-def _check_loss(contender: str, training: Training, reference: Reference) -> None:
+def _check_loss(training: Training, reference: Reference) -> None:
     """Allow the loss's own rounding, and 1 % of what the steps changed.
 
     Adam divides by the size of a gradient, so that rounding in the smallest ones turns steps round.
     """
-    loss = float(training.loss())
+    loss = training.evaluate()
     rounding = 4 * torch.finfo(training.workload.dtype).eps * abs(reference.loss)
     allowed = rounding + 0.01 * abs(reference.loss - reference.first_loss)
     if not abs(loss - reference.loss) <= allowed:
-        raise WrongStep(
-            f"{contender} has loss {loss:.6f} after {_STEPS} steps, dense training on masked "
-            f"gradients {reference.loss:.6f}, allowed {allowed:.1e} apart; no figure"
+        raise AssertionError(
+            f"its loss is {loss:.6f} after {_STEPS} steps, dense training on masked "
+            f"gradients {reference.loss:.6f}, allowed {allowed:.1e} apart"
         )
