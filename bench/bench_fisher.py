@@ -28,13 +28,13 @@ from fisher_baselines import (
     Unavailable,
     check,
     forward_backward,
-    label,
     prepare,
+    version_of,
 )
 from fisher_models import WORKLOADS, Workload, load
-from harness import compare, devices, full_size, peak_bytes, synchronized
+from harness import compare, devices, full_size, peak_bytes, short_set, skip, synchronized
 
-_SECONDS = 5.0 if full_size() else 0.1
+_SECONDS = (2.0 if short_set() else 5.0) if full_size() else 0.1
 
 
 @pytest.mark.parametrize("contender", [FLOOR, *CONTENDERS])
@@ -49,13 +49,14 @@ def bench_scoring(benchmark: Any, contender: str, model: str, device: torch.devi
     score_and_record(benchmark, contender, workload)
 
 
-def score_and_record(benchmark: Any, contender: str, workload: Workload) -> None:
+def score_and_record(benchmark: Any, contender: str, workload: Workload, **labels: Any) -> None:
     """Check a contender, then measure it, print its line and put it into the JSON.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         contender: `FLOOR` or one of `CONTENDERS`.
         workload: what is scored.
+        labels: into the JSON, beside those of the workload.
 
     Raises:
         WrongScores: its scores, or fishfast's, are not those of a loop.
@@ -66,8 +67,7 @@ def score_and_record(benchmark: Any, contender: str, workload: Workload) -> None
     try:
         timed = fishfast if contender == "fishfast" else _timed(contender, workload)
     except Unavailable as reason:
-        print(f"{label(contender):<24} {workload.title:<34} skipped: {reason}")
-        pytest.skip(f"{label(contender)} on {workload.title}: {reason}")
+        skip(str(reason), contender, case=workload.title, version=version_of(contender))
     timing, device = timed.timing, workload.device
     per_sample = timing["median_us"] / workload.num_samples
     peak = _bytes_at_rest(workload) + peak_bytes(timed.run, device)
@@ -84,14 +84,18 @@ def score_and_record(benchmark: Any, contender: str, workload: Workload) -> None
     benchmark.extra_info.update(
         timing,
         **figures,
-        contender=label(contender),
-        workload=workload.title,
+        **labels,
+        **workload.sizes,
+        case=workload.title,
+        contender=contender,
+        version=version_of(contender),
+        floor_name=FLOOR,
         num_params=sum(p.numel() for p in workload.model.parameters()),
         num_samples=workload.num_samples,
         relative_error=timed.error,
     )
     print(
-        f"{label(contender):<24} {workload.title:<34} "
+        f"{contender:<24} {workload.title:<34} "
         f"{per_sample / 1e3:>10.3f} ms/sample  {timing['times_floor']:>7.2f} x floor  "
         f"{figures['times_fishfast']:>7.2f} x fishfast  {peak / 2**20:>9.1f} MiB  "
         f"{peak / figures['minimum_bytes']:>6.2f} x minimum"

@@ -26,7 +26,7 @@ from fisher_kernel_cases import (
     layer_norm,
     linear,
 )
-from harness import compare, devices, full_size, peak_bytes, synchronized
+from harness import compare, devices, full_size, peak_bytes, short_set, synchronized
 
 _SECONDS = 1.0 if full_size() else 0.02
 # fp32: sums of some thousand products in another order. bf16: a baseline rounds each per-sample
@@ -62,8 +62,11 @@ def _all(device: str) -> dict[str, Make]:
             "layer_norm": _case(layer_norm, batch=3, length=8, width=16),
         }
     if device == "cpu":
+        lengths = [1, 16, 128, 1024] if short_set() else [1, 4, 16, 64, 256, 1024, 4096]
         return {
-            **_linears(1024, [1, 16, 128, 512], [(768, 768), (3072, 768)]),
+            **_linears(
+                max(1024, lengths[-1]), lengths, [(768, 768), (3072, 768)][: len(lengths) - 3]
+            ),
             "linear-padded": _case(
                 linear, batch=8, length=128, outputs=768, inputs=768, padded=True
             ),
@@ -76,7 +79,7 @@ def _all(device: str) -> dict[str, Make]:
         }
     return {
         **_linears(
-            2**14, [1, 16, 128, 512, 2048], [(1024, 1024), (4096, 1024), (1024, 4096), (5632, 2048)]
+            2**14, [1, 16, 128, 512, 4096], [(1024, 1024), (4096, 1024), (1024, 4096), (5632, 2048)]
         ),
         "linear-padded": _case(
             linear, batch=128, length=128, outputs=4096, inputs=1024, padded=True
@@ -124,7 +127,8 @@ def bench_kernel(benchmark: Any, contender: str, name: str, device: torch.device
     us = timing["median_us"]
     gb_per_s, tflops = case.num_bytes / us / 1e3, case.flops / us / 1e6
     benchmark.extra_info.update(
-        timing, case=case.title, contender=contender, dtype=str(dtype), relative_error=error,
+        timing, case=case.title, contender=contender, dtype=str(dtype).removeprefix("torch."),
+        kind=name.split("-T")[0], **case.sizes, relative_error=error, floor_name="weight gradient",
         bytes=case.num_bytes, gb_per_s=gb_per_s, flops=case.flops, tflop_per_s=tflops,
         percent_of_floor=100 / timing["times_floor"], peak_bytes=peak,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from fisher_models import Batch, Workload
-from harness import version
+from harness import WrongResult, version
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,7 +24,7 @@ import fishfast as ff
 
 __all__ = [
     "CONTENDERS", "FLOOR", "Contender", "Run", "Scores", "Unavailable", "WrongScores", "check",
-    "forward_backward", "label", "prepare", "why",
+    "forward_backward", "prepare", "version_of", "why",
 ]  # fmt: skip
 
 Scores = Mapping[str, Tensor]
@@ -37,7 +37,7 @@ class Unavailable(Exception):
     """A contender that cannot run here, or not on this model; its text says why."""
 
 
-class WrongScores(AssertionError):
+class WrongScores(WrongResult):
     """A contender's scores differ from the loop's by more than rounding: it gets no figure."""
 
 
@@ -65,10 +65,10 @@ class _Truth:
     last_gradients: dict[str, Tensor]
 
 
-def label(name: str) -> str:
-    """Return a contender's name with its version; torch's is in the machine's line."""
+def version_of(name: str) -> str:
+    """Return the package that does a contender's work, with its version."""
     package = CONTENDERS[name].package if name in CONTENDERS else "torch"
-    return name if package == "torch" else f"{name} {version(package) or ''}".rstrip()
+    return f"{package} {version(package)}"
 
 
 def prepare(name: str, workload: Workload) -> tuple[Run, Scores]:

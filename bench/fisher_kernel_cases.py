@@ -42,6 +42,7 @@ class KernelCase:
         exact: the sum of squares in float64, by a loop over samples.
         flops: of the floor; 0 where bytes count.
         num_bytes: what must be moved at the least: operands read, scores read and written.
+        sizes: batch, and length of a sequence.
     """
 
     title: str
@@ -51,6 +52,7 @@ class KernelCase:
     exact: Callable[[], Tensor]
     flops: int
     num_bytes: int
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def _add_bmm(score: Tensor, left: Tensor, right: Tensor) -> None:
@@ -160,6 +162,7 @@ def linear(
         exact=functools.cache(exact),
         flops=2 * batch * length * outputs * inputs,
         num_bytes=grad.nbytes + x.nbytes + 8 * outputs * inputs,
+        sizes={"batch": batch, "length": length},
     )  # fmt: skip
 
 

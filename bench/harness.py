@@ -24,8 +24,9 @@ and `record` adds ``median_us``, ``p20_us``, ``p80_us``, ``bytes``, ``gb_per_s``
 names it with the reason.
 
 Sizes: ``FISHFAST_BENCH=toy`` shows in seconds that everything runs (the default without a GPU, for
-CI), ``full`` measures, ``gpu`` measures what one card does in a few minutes. With
-``FISHFAST_BENCH_SECONDS`` the cases for which no time is left are skipped, by name (conftest.py).
+CI), ``full`` measures everything, ``cpu`` what two cores do in minutes, ``gpu`` what a card does.
+With ``FISHFAST_BENCH_SECONDS`` the cases for which no time is left are skipped, by name
+(conftest.py).
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ import pytest
 import torch
 from clock import compare, measure
 from floors import copy_bandwidth, gemm_rate, read_bandwidth, roofline_us
-from machine import full_size, gpu_subset, machine, version
+from machine import full_size, machine, short_set, version
 
 __all__ = [
     "WrongResult", "compare", "copy_bandwidth", "devices", "full_size", "gate", "gemm_rate",
-    "gpu_subset", "machine", "measure", "peak_bytes", "read_bandwidth", "record", "roofline_us",
-    "skip", "synchronized", "version",
+    "machine", "measure", "peak_bytes", "read_bandwidth", "record", "roofline_us",
+    "short_set", "skip", "synchronized", "version",
 ]  # fmt: skip
 
 
@@ -84,7 +85,8 @@ def skip(reason: str, contender: str, **labels: Any) -> NoReturn:
     skipped_labels[os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0]] = {
         "contender": contender, **labels, "reason": reason,
     }  # fmt: skip
-    pytest.skip(f"{contender}: {reason}")
+    on = f" on {labels['case']}" if "case" in labels else ""
+    pytest.skip(f"{contender}{on}: {reason}")
 
 
 skipped_labels: dict[str, dict[str, Any]] = {}  # test -> what `skip` was told; conftest.py reads it

@@ -17,10 +17,10 @@ import torch
 
 import fishfast as ff
 
-__all__ = ["full_size", "gpu_subset", "machine", "machine_line", "source_hash", "version"]
+__all__ = ["full_size", "machine", "machine_line", "short_set", "source_hash", "version"]
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SIZES = ("toy", "full", "gpu")
+_SETS = ("toy", "cpu", "gpu", "full")
 # Whose version a figure depends on, beside torch and triton; None: not installed.
 _PEERS = ("transformers", "peft", "opacus", "backpack-for-pytorch")
 # What a figure depends on in a checkout: `source_hash` covers it.
@@ -28,22 +28,22 @@ _SOURCES = ("csrc", "fishfast", "kernels", "bench")
 _SUFFIXES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 
 
-def _size() -> str:
+def _set() -> str:
     default = "gpu" if torch.cuda.is_available() else "toy"
-    size = os.environ.get("FISHFAST_BENCH", default)
-    if size not in _SIZES:
-        raise ValueError(f"FISHFAST_BENCH must be 'toy', 'full' or 'gpu'; got {size!r}")
-    return size
+    name = os.environ.get("FISHFAST_BENCH", default)
+    if name not in _SETS:
+        raise ValueError(f"FISHFAST_BENCH must be one of {_SETS}; got {name!r}")
+    return name
 
 
 def full_size() -> bool:
     """Return whether to measure; else everything is tiny, only to see that it runs."""
-    return _size() != "toy"
+    return _set() != "toy"
 
 
-def gpu_subset() -> bool:
-    """Return whether to measure only what one card does in a few minutes."""
-    return _size() == "gpu"
+def short_set() -> bool:
+    """Return whether to measure only what two cores, or one card, do in minutes."""
+    return _set() in ("cpu", "gpu")
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def machine() -> dict[str, Any]:
     build.pop("extension", None)  # a path of this machine
     return {
         "rehearsal": not full_size(),  # toy sizes only show that everything runs
-        "set": _size(),
+        "set": _set(),
         "device": torch.cuda.get_device_name() if gpu else _processor(),
         "cpu": _processor(),
         "os": f"{_distribution()} {platform.machine()}",

@@ -1,0 +1,58 @@
+"""What the Fisher costs as samples get longer and batches larger: time and memory.
+
+A few batches of a small BERT, T against a fixed B and B against a fixed T, beside the floor, the
+batch-1 loop, and torch.func's vmap, which keeps B gradients of every weight. Same check, floor and
+columns as bench_fisher.py.
+
+    FISHFAST_BENCH=full python -m pytest bench/bench_fisher_sweep.py -s --benchmark-enable
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bench_fisher import score_and_record
+from fisher_baselines import FLOOR
+from fisher_models import load
+from harness import devices, full_size, short_set
+
+# Two sweeps: which size grows, over what, and the other one's fixed value.
+_TOY: dict[str, tuple[list[int], int]] = {"length": ([4, 8], 2), "batch": ([2, 3], 4)}
+_CPU: dict[str, tuple[list[int], int]] = {
+    "length": ([1, 16, 128, 512] if short_set() else [1, 4, 16, 64, 256, 1024], 4),
+    "batch": ([1, 4, 16, 64] if short_set() else [1, 2, 4, 8, 16, 32, 64, 128], 32),
+}
+_GPU: dict[str, tuple[list[int], int]] = {
+    "length": ([1, 16, 128, 1024, 4096] if short_set() else [4**i for i in range(7)], 8),
+    "batch": ([1, 8, 64, 256] if short_set() else [2**i for i in range(10)], 128),
+}
+_MODEL = {
+    "toy": {"layers": 1, "hidden": 16, "heads": 2, "vocab": 50},
+    "cpu": {"layers": 2, "hidden": 256, "heads": 4, "vocab": 1000},
+    "gpu": {"layers": 4, "hidden": 1024, "heads": 16, "vocab": 30522},
+}
+_KIND = ("gpu" if torch.cuda.is_available() else "cpu") if full_size() else "toy"
+_SWEEPS = {"toy": _TOY, "cpu": _CPU, "gpu": _GPU}[_KIND]
+
+
+@pytest.mark.parametrize("contender", [FLOOR, "fishfast", "batch-1 loop", "torch.func vmap"])
+@pytest.mark.parametrize(
+    ("sweep", "size"),
+    [(sweep, size) for sweep, (sizes, _) in _SWEEPS.items() for size in sizes],
+    ids=lambda value: f"{value}",
+)
+@pytest.mark.parametrize("device", devices(), ids=str)
+def bench_sweep(
+    benchmark: Any, contender: str, sweep: str, size: int, device: torch.device
+) -> None:
+    """Time one way to score."""
+    pytest.importorskip("transformers", reason="the BERT is that of transformers: not installed")
+    other = "batch" if sweep == "length" else "length"
+    sizes = {sweep: size, other: _SWEEPS[sweep][1]}
+    workload = load(
+        "bert", device, **_MODEL[_KIND], length=sizes["length"], batch_size=sizes["batch"],
+        batches=3,
+    )  # fmt: skip
+    score_and_record(benchmark, contender, workload, sweep=sweep)
