@@ -127,7 +127,7 @@ def _dense(**options: bool) -> Build:
 CONTENDERS: dict[str, Build] = {
     "fishfast": _fishfast,
     "torch fused on compact values + scatter": _compact_and_scatter,
-    "the same, compiled": _compiled,
+    "compiled on compact values + scatter": _compiled,
     "torch fused, dense": _dense(fused=True),
     "torch foreach, dense": _dense(foreach=True),
 }

@@ -41,8 +41,9 @@ class Problem:
 
     def __str__(self) -> str:
         dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        tensors = "tensor" if self.num_tensors == 1 else "tensors"
         of = f"n={self.num_params:.0e}, {100 * self.density:g} %"
-        return f"{of}, {self.num_tensors} tensors, {dtype}"
+        return f"{of}, {self.num_tensors} {tensors}, {dtype}"
 
     def floor_bytes(self, device: torch.device) -> int:
         """Return what a masked step moves at the least.
