@@ -49,14 +49,13 @@ def bench_scoring(benchmark: Any, contender: str, model: str, device: torch.devi
     score_and_record(benchmark, contender, workload)
 
 
-def score_and_record(benchmark: Any, contender: str, workload: Workload, **labels: Any) -> None:
+def score_and_record(benchmark: Any, contender: str, workload: Workload) -> None:
     """Check a contender, then measure it, print its line and put it into the JSON.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         contender: `FLOOR` or one of `CONTENDERS`.
         workload: what is scored.
-        labels: into the JSON, beside those of the workload.
 
     Raises:
         WrongScores: its scores, or fishfast's, are not those of a loop.
@@ -84,7 +83,6 @@ def score_and_record(benchmark: Any, contender: str, workload: Workload, **label
     benchmark.extra_info.update(
         timing,
         **figures,
-        **labels,
         **workload.sizes,
         case=workload.title,
         contender=contender,

@@ -7,14 +7,14 @@ of before: a busy machine has a wide middle. Exits with 1 if anything is slower.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from figures import Run, read
 from tabulate import tabulate
 
-__all__ = ["Change", "changes", "main", "read"]
+__all__ = ["Change", "changes", "main"]
 
 # What a time depends on, beside the code.
 _SAME_MACHINE = ("device", "driver", "threads", "rehearsal")
@@ -34,32 +34,14 @@ class Change(NamedTuple):
         return self.new / self.old
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return the machine and the figures of each case.
-
-    Args:
-        path: a JSON file of benchmarks.
-
-    Raises:
-        click.ClickException: the file has no figures of ours.
-    """
-    try:
-        content = json.loads(path.read_text())
-        figures = {b["name"]: b.get("extra_info", b) for b in content["benchmarks"]}
-        machine = content["machine"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise click.ClickException(f"{path} has no benchmark figures: {error!r}") from error
-    return machine, {name: f for name, f in figures.items() if "median_us" in f}
-
-
 def changes(
     old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], tolerance: float
 ) -> list[Change]:
     """Return every case that both have, what got slower first.
 
     Args:
-        old: figures of `read`.
-        new: figures of `read`.
+        old: name -> figures.
+        new: name -> figures.
         tolerance: the part by which a median may grow.
     """
     found = []
@@ -76,6 +58,10 @@ def changes(
     return sorted(found, key=lambda change: (-change.ratio, change.name))
 
 
+def _by_name(run: Run) -> dict[str, dict[str, Any]]:
+    return {figures["name"]: figures for figures in run.figures}
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -86,7 +72,9 @@ def changes(
 @click.pass_context
 def main(context: click.Context, old: Path, new: Path, tolerance: float) -> None:
     """Print what got slower from OLD to NEW, two JSON files of one machine."""
-    (old_machine, old_figures), (new_machine, new_figures) = read(old), read(new)
+    before, after = read(old), read(new)
+    old_machine, new_machine = before.machine, after.machine
+    old_figures, new_figures = _by_name(before), _by_name(after)
     for key in _SAME_MACHINE:
         if old_machine.get(key) != new_machine.get(key):
             click.echo(f"not one machine: {key} {old_machine.get(key)} / {new_machine.get(key)}")

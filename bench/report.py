@@ -1,0 +1,191 @@
+"""Tables and pictures of one benchmark run: ``python bench/report.py FILE.json [-o OUT_DIR]``.
+
+Writes ``report.md``, one Markdown table per stage with every contender that was measured, whoever
+wins, and beside it a PNG for each sweep that the file holds (plots.py; needs matplotlib, the extra
+``plot``). What was skipped, failed or could not be drawn is named with the reason. Takes what a run
+writes and what ``bench/results`` keeps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from figures import OURS, Case, Run, is_floor, read
+from machine import machine_line
+
+__all__ = ["main", "markdown", "table"]
+
+_STAGES = {
+    "fisher": "Fisher of whole models",
+    "fisher_sweep": "Fisher against length and batch",
+    "fisher_kernel": "Fisher, one primitive at a time",
+    "topk_mask": "Global top-k mask",
+    "sparse_adam": "Optimizer step",
+    "train_step": "Training step",
+}
+_TIME_UNITS = [(1e6, "s"), (1e3, "ms"), (1.0, "us")]
+_BYTE_UNITS = [(2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")]
+
+
+def markdown(run: Run, pictures: Iterable[tuple[str, str]]) -> str:
+    """Return the whole report.
+
+    Args:
+        run: the file's content.
+        pictures: of each plot its title, and its file's name or why it was not drawn.
+    """
+    info = run.machine
+    lines = ["# Benchmarks", "", f"{machine_line(info)}."]
+    if info.get("rehearsal"):
+        lines += ["", "**REHEARSAL at toy size: shows that everything runs, measures nothing.**"]
+    if info.get("note"):
+        lines += ["", f"{info['note']}."]
+    lines += [
+        "",
+        "Medians. Bold: the fastest of a case. Ratio: time over fishfast's, above 1 is slower "
+        "than fishfast. Floor: what cannot be beaten, measured in the same run; its own rows are "
+        "in italics. Memory: the most that torch's allocators held.",
+    ]
+    for stage in run.stages():
+        lines += ["", f"## {_STAGES.get(stage, stage)}", "", *_section(run, stage)]
+    lines += ["", "## Plots", ""]
+    for title, result in pictures:
+        drawn = result.endswith(".png")
+        lines.append(f"![{title}]({result})" if drawn else f"- {title}: not drawn: {result}")
+    return "\n".join(lines) + "\n"
+
+
+def _section(run: Run, stage: str) -> list[str]:
+    cases = run.cases(stage)
+    lines = table(cases) if cases else ["No figure."]
+    for kind, entries in (("Not measured", run.skipped), ("No figure: failed", run.failed)):
+        counts = Counter(
+            (entry["contender"], entry["reason"]) for entry in entries if entry["stage"] == stage
+        )
+        if counts:
+            lines += ["", f"{kind}:", ""]
+            lines += [f"- {who}{_times(count)}: {why}" for (who, why), count in counts.items()]
+    if missing := _missing(run, stage, cases):
+        lines += ["", "Not in this file:", "", *missing]
+    return lines
+
+
+def _times(count: int) -> str:
+    return f", {count} cases" if count > 1 else ""
+
+
+def _missing(run: Run, stage: str, cases: list[Case]) -> list[str]:
+    """Name each contender that some cases of the stage have and others lack without a word."""
+    explained = {
+        (entry["case"], entry["contender"])
+        for entry in [*run.skipped, *run.failed]
+        if entry["stage"] == stage
+    }
+    everyone = dict.fromkeys(row["contender"] for case in cases for row in case.rows)
+    lines = []
+    for contender in everyone:
+        lacking = [
+            case.title
+            for case in cases
+            if all(row["contender"] != contender for row in case.rows)
+            and (case.title, contender) not in explained
+        ]
+        if lacking:
+            named = "; ".join(lacking[:3]) + (f"; {len(lacking) - 3} more" * (len(lacking) > 3))
+            lines.append(f"- {contender}: {named}")
+    return lines
+
+
+def table(cases: list[Case]) -> list[str]:
+    """Return the lines of a Markdown table, one row per case and contender.
+
+    Args:
+        cases: of one stage.
+    """
+    per_sample = any(case.time_key == "us_per_sample" for case in cases)
+    head = ("case", "contender", "version", "time per sample" if per_sample else "time",
+            "p20 to p80", "ratio", "% of floor", "floor", "memory")  # fmt: skip
+    lines = [_row(head), _row(["---", "---", "---", *["---:"] * 4, "---", "---:"])]
+    for case in cases:
+        title = case.title
+        for row in case.rows:
+            lines.append(_row([title, *_cells(case, row)]))
+            title = ""
+    return lines
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
+
+
+def _cells(case: Case, row: dict[str, Any]) -> list[str]:
+    key = case.time_key
+    contender, time = row["contender"], _unit(row[key], _TIME_UNITS)
+    if is_floor(row):
+        contender = f"*{contender}*"
+    elif row is case.fastest:
+        contender, time = f"**{contender}**", f"**{time}**"
+    scale = row[key] / row["median_us"]
+    spread = " to ".join(_unit(scale * row[p], _TIME_UNITS) for p in ("p20_us", "p80_us"))
+    memory = row.get("total_bytes", row.get("peak_bytes"))
+    percent = row.get("percent_of_floor")
+    return [
+        contender, row.get("version") or "", time, spread, _ratio(case, row),
+        "" if percent is None or is_floor(row) else _percent(percent),
+        "" if is_floor(row) else row.get("floor_name") or "",
+        "" if memory is None else _unit(memory, _BYTE_UNITS),
+    ]  # fmt: skip
+
+
+def _ratio(case: Case, row: dict[str, Any]) -> str:
+    if case.ours is None or row["contender"] == OURS:
+        return ""
+    # Measured in turns where the case has it: a busy machine slows both.
+    measured = row.get("times_fishfast", row[case.time_key] / case.ours[case.time_key])
+    return f"{measured:.2f}"
+
+
+def _unit(value: float, units: list[tuple[float, str]]) -> str:
+    """Return three digits in the largest unit of which there is a whole one."""
+    size, name = next((unit for unit in units if abs(value) >= unit[0]), units[-1])
+    number = value / size
+    digits = max(0, 2 - (len(str(int(abs(number)))) - 1))
+    return f"{number:.{digits}f} {name}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "-o", "--out", type=click.Path(file_okay=False, path_type=Path),
+    help="Where the report goes; default: beside FILE.",
+)  # fmt: skip
+def main(file: Path, out: Path | None) -> None:
+    """Write tables and pictures of FILE, the JSON of a benchmark run."""
+    out = out or file.parent
+    out.mkdir(parents=True, exist_ok=True)
+    run = read(file)
+    try:
+        from plots import draw_all
+    except ImportError as error:
+        reason = f"{error.name} is not installed (pip install 'fishfast[plot]')"
+        pictures = [("all plots", reason)]
+    else:
+        pictures = draw_all(run, out)
+    report = out / "report.md"
+    report.write_text(markdown(run, pictures))
+    click.echo(f"{report}: {len(run.figures)} figures")
+    for title, result in pictures:
+        drawn = result.endswith(".png")
+        click.echo(f"{out / result}" if drawn else f"not drawn: {title}: {result}")
+
+
+if __name__ == "__main__":
+    main()
