@@ -98,7 +98,7 @@ def _gpu() -> dict[str, Make]:
     rows = 2**14
     cases = {
         **_linears(rows, lengths, [(4096, 1024)]),
-        **_layers_of(["BERT-base", "BERT-large"], rows, 128, images=64),
+        **_layers_of(["BERT-large"], rows, 128, images=64),
         **_layers_of(["Llama 1B", "Llama 8B", "ResNet-50", "ViT-L"], rows, 512, images=64),
         "linear-padded": _case(
             linear, batch=128, length=128, outputs=4096, inputs=1024, padded=True
