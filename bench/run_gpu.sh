@@ -1,41 +1,286 @@
 #!/usr/bin/env bash
-# bench/run_gpu.sh OUT_DIR: everything for a card with no network. Builds the extension for the
-# card's architecture from the packages that are there, runs the GPU tests, measures, and leaves
-# logs and JSON in OUT_DIR. Without a GPU it is a rehearsal: the same steps on the CPU, said loudly
-# and marked in the JSON, so that CI tests the script itself.
+# Everything for a card with no network, part by part:
+#
+#   bash bench/run_gpu.sh OUT_DIR [--only PART,...] [--again] [--minutes M] [--work DIR]
+#
+#   build      compiles the extension for the card's architecture from the packages that are there
+#   tests      the tests marked gpu
+#   hashes     the same seeded inputs on the card, the CPU and the simulated kernels: same bits
+#   sanitize   compute-sanitizer: memcheck, racecheck, initcheck, synccheck on those inputs
+#   bench      the benchmarks (FISHFAST_BENCH=gpu), as many as the time holds
+#   report     tables and pictures of what was measured
+#
+# A part that is done leaves PART.done and is not repeated while the sources stay the same, unless
+# --only names it or --again is given: a run that was cut short goes on where it was. A part that
+# fails stops only what needs it. Exit code: 0 all is well, 1 a part failed, 3 a part could not be
+# run here. OUT_DIR gets summary.txt, bench.json, report.md and results.tar.gz with all of it; logs
+# and markers lie beside them, or in --work DIR where few files or a fresh OUT_DIR are wanted. The
+# time is shared out so that all parts together stay within --minutes (default 9.5).
+#
+# Without a GPU it is a REHEARSAL, said loudly and marked in the JSON: the same parts on the CPU and
+# the simulated kernels at toy size, so that CI tests the script itself.
 set -euo pipefail
+# shellcheck disable=SC2329 # the parts are called by their names
 
-out=$(realpath -m "${1:?usage: bench/run_gpu.sh OUT_DIR}")
-cd "$(dirname "$0")/.."
-mkdir -p "$out"
+all_parts=(build tests hashes sanitize bench report)
+declare -A share=([build]=100 [tests]=150 [hashes]=45 [sanitize]=110 [bench]=210 [report]=25)
+readonly not_run=77 # the exit code of a part that cannot be run here
+
+usage() {
+  echo "usage: bash bench/run_gpu.sh OUT_DIR [--only PART,...] [--again] [--minutes M] [--work DIR]"
+  echo "parts: ${all_parts[*]}"
+}
+
+fail() {
+  echo "run_gpu.sh: $1" >&2
+  usage >&2
+  exit 2
+}
+
+cannot_run() { # the last line of a log that starts so is the reason in the summary
+  echo "NOT RUN: $1"
+  exit "$not_run"
+}
+
+has_module() {
+  "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"
+}
+
+# --- the parts; each runs in a shell of its own, from the repository's root ---
+
+part_build() {
+  if [ -n "$arch" ]; then export FISHFAST_CUDA=on FISHFAST_CUDA_ARCHS="$arch"; fi
+  "$python" -m pip install --no-build-isolation --no-deps -e .
+  "$python" -c 'import json, fishfast; print(json.dumps(fishfast.build_info(), indent=2))' \
+    | tee "$work/build_info.json"
+}
+
+part_tests() {
+  has_module pytest || cannot_run "pytest is not installed"
+  local options=() file module
+  # What a missing package keeps from running is left out by name, not the whole run.
+  has_module pytest_benchmark || options+=(-o "addopts=-ra --strict-markers")
+  for module in hypothesis transformers peft sklearn accelerate; do
+    has_module "$module" && continue
+    grep -lE "^(from|import) $module" tests/*.py >"$work/left_out" || continue
+    while read -r file; do
+      echo "not run: $file needs $module, which is not installed"
+      options+=("--ignore=$file")
+    done <"$work/left_out"
+  done
+  if [ -n "$arch" ]; then
+    options+=(-m gpu)
+  else
+    options+=(tests/test_sparse_{adam,sgd}_simt.py tests/test_topk_mask_cuda.py)
+  fi
+  "$python" -m pytest "${options[@]}" 2>&1 | tee "$work/tests.out"
+  grep -qE '^=+ .*[1-9][0-9]* passed' "$work/tests.out" || { echo "no test ran"; exit 1; }
+}
+
+part_hashes() {
+  local devices=(cpu) device files=()
+  [ -n "$arch" ] && devices+=(cuda)
+  command -v "${CXX:-g++}" >/dev/null && devices+=(simulated)
+  for device in "${devices[@]}"; do
+    files+=("$work/hashes-$device.json")
+    "$python" bench/fingerprints.py run "$device" "${files[-1]}"
+  done
+  "$python" bench/fingerprints.py compare "${files[@]}"
+  command -v "${CXX:-g++}" >/dev/null || cannot_run "the simulated kernels: no g++ (the rest agrees)"
+}
+
+part_sanitize() {
+  local tool failed=() sanitizer
+  [ -n "$arch" ] || cannot_run "no GPU"
+  sanitizer=$(command -v compute-sanitizer || true)
+  sanitizer=${sanitizer:-${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer}
+  [ -x "$sanitizer" ] || cannot_run "compute-sanitizer is not installed"
+  # Each tensor an allocation of its own, or an overrun would end in torch's cached block.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck initcheck synccheck; do
+    local options=(--tool "$tool" --error-exitcode 99)
+    # torch's own kernels read what they do not use; ours must not.
+    [ "$tool" = initcheck ] && options+=(--kernel-regex kns=fishfast)
+    echo "== $tool"
+    "$sanitizer" "${options[@]}" "$python" bench/fingerprints.py run cuda \
+      "$work/sanitize-$tool.json" 2>&1 | tee "$work/sanitize-$tool.out" || failed+=("$tool")
+    if grep -q "Device not supported" "$work/sanitize-$tool.out"; then
+      cannot_run "compute-sanitizer does not support this device"
+    fi
+  done
+  [ "${#failed[@]}" -eq 0 ] || { echo "errors found by: ${failed[*]}"; exit 1; }
+}
+
+part_bench() {
+  local module
+  for module in pytest pytest_benchmark; do
+    has_module "$module" || cannot_run "$module is not installed"
+  done
+  if [ -n "$arch" ]; then
+    export FISHFAST_BENCH="${FISHFAST_BENCH:-gpu}"
+  else
+    export FISHFAST_BENCH=toy
+  fi
+  export FISHFAST_BENCH_SECONDS=$((limit * 85 / 100)) # the case in hand ends, and the JSON is saved
+  "$python" -m pytest bench -s --benchmark-enable --benchmark-quiet \
+    --benchmark-json="$work/bench.json"
+}
+
+part_report() {
+  [ -s "$work/bench.json" ] || cannot_run "there is no bench.json"
+  "$python" bench/report.py "$work/bench.json" -o "$work"
+}
+
+# --- which part is done, and how it went ---
+
+sources() { # what a part's result depends on
+  {
+    find csrc fishfast kernels tests bench setup.py CMakeLists.txt pyproject.toml -type f \
+      -regextype posix-extended -regex '.*\.(py|cu|cuh|cpp|h|sh|txt|toml)' -print0 \
+      | sort -z | xargs -0 sha256sum
+    echo "$arch $("$python" -c 'import sys, torch; print(sys.version, torch.__version__)')"
+  } | sha256sum | cut -c1-16
+}
+
+is_done() { [ -f "$work/$1.done" ] && [ "$(cat "$work/$1.done")" = "$key" ]; }
+
+selected() { [ -z "$only" ] || [[ ",$only," == *",$1,"* ]]; }
+
+say() { # part, status, words
+  echo "$2" >"$work/$1.status"
+  printf '%-9s %s\n' "$1" "$2${3:+: $3}" | tee "$work/$1.line"
+}
+
+publish() { # after every part: a time limit from outside loses nothing
+  {
+    [ -n "$arch" ] || echo "REHEARSAL: no GPU here; its figures say nothing about a GPU."
+    local part
+    for part in "${all_parts[@]}"; do
+      cat "$work/$part.line" 2>/dev/null || printf '%-9s not selected\n' "$part"
+    done
+  } >"$work/summary.txt"
+  local file
+  if [ "$work" != "$out" ]; then
+    for file in summary.txt bench.json report.md; do
+      if [ -f "$work/$file" ]; then cp "$work/$file" "$out/"; fi
+    done
+  fi
+  (cd "$work" && find . -maxdepth 1 -type f ! -name 'results.tar.gz*' -print0 \
+    | tar czf "$out/results.tar.gz.new" --null -T -)
+  mv "$out/results.tar.gz.new" "$out/results.tar.gz"
+}
+
+time_for() { # the seconds of a part: its share of what is left, with those still to come
+  local part total=0 left=$((deadline - SECONDS)) counting=
+  for part in "${all_parts[@]}"; do
+    [ "$part" = "$1" ] && counting=yes
+    if [ -n "$counting" ] && selected "$part"; then total=$((total + share[$part])); fi
+  done
+  echo $((left > 0 ? left * share[$1] / total : 1))
+}
+
+run_part() {
+  local part=$1 rc=0 start=$SECONDS log="$work/$1.log" reason
+  limit=$(time_for "$part")
+  echo "== $part (at most $limit s)"
+  rm -f "$work/$part.done"
+  # INT, so that pytest saves what it has; KILL if that does not end it.
+  timeout --signal=INT --kill-after=20 "$limit" \
+    "$BASH" "$self" --inside "$part" 2>&1 | tee "$log" || rc=$?
+  local took=$((SECONDS - start))
+  case $rc in
+    0)
+      echo "$key" >"$work/$part.done"
+      say "$part" ok "$took s"
+      ;;
+    "$not_run")
+      reason=$(sed -n 's/^NOT RUN: //p' "$log" | tail -1)
+      say "$part" "not run" "$reason"
+      ;;
+    124 | 137) say "$part" failed "not done after $took s; see $part.log" ;;
+    *) say "$part" failed "exit code $rc after $took s; see $part.log" ;;
+  esac
+}
+
+# --- ---
+
+self=$(realpath "${BASH_SOURCE[0]}")
+if [ "${1:-}" = --inside ]; then # a part, called by run_part
+  "part_$2"
+  exit
+fi
+
+out='' only='' again='' minutes=9.5 work=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --only | --minutes | --work)
+      [ $# -ge 2 ] || fail "$1 needs a value"
+      printf -v "${1#--}" %s "$2"
+      shift
+      ;;
+    --again) again=yes ;;
+    -h | --help)
+      usage
+      exit
+      ;;
+    -*) fail "unknown option $1" ;;
+    *)
+      [ -z "$out" ] || fail "one OUT_DIR, got $out and $1"
+      out=$1
+      ;;
+  esac
+  shift
+done
+[ -n "$out" ] || fail "OUT_DIR is missing"
+[[ "$minutes" =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--minutes must be a number, got $minutes"
+for part in ${only//,/ }; do
+  [ -n "${share[$part]:-}" ] || fail "--only takes parts, got $part"
+done
+out=$(realpath -m "$out")
+work=$(realpath -m "${work:-$out}")
+mkdir -p "$out" "$work"
+cd "$(dirname "$self")/.."
+
 python=${PYTHON:-python3}
-[ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && python=.venv/bin/python
-export PYTHONUNBUFFERED=1 # so that the log is whole when a time limit ends the run
-
+if [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ]; then python=.venv/bin/python; fi
 arch=$("$python" -c '
 import torch
 if torch.cuda.is_available():
     print("".join(map(str, torch.cuda.get_device_capability())))')
-
 if [ -n "$arch" ]; then
   echo "== GPU with compute capability $arch"
-  export FISHFAST_CUDA=on FISHFAST_CUDA_ARCHS="$arch"
-  tests=(-m gpu)
 else
-  echo "== REHEARSAL: no GPU here. Same steps on the CPU; its figures say nothing about a GPU."
-  tests=(tests/test_sparse_adam*.py tests/test_topk_mask_{simt,cuda}.py)
+  echo "== REHEARSAL: no GPU here. Same parts on the CPU; its figures say nothing about a GPU."
 fi
+limit=0 # the seconds of the part that runs
+export python arch work limit PYTHONUNBUFFERED=1 # unbuffered: the log is whole when time runs out
+key=$(sources)
+deadline=$((SECONDS + $(awk "BEGIN {print int(60 * $minutes)}")))
 
-echo "== build"
-"$python" -m pip install --no-build-isolation --no-deps -e . 2>&1 | tee "$out/build.log" | tail -1
-"$python" -c 'import json, fishfast; print(json.dumps(fishfast.build_info(), indent=2))' \
-  | tee "$out/build_info.json"
+for part in "${all_parts[@]}"; do # of other sources, or cut short: nothing to go by
+  selected "$part" || is_done "$part" || rm -f "$work/$part".{done,line,status}
+done
+for part in "${all_parts[@]}"; do
+  selected "$part" || continue
+  if [ -z "$only" ] && [ -z "$again" ] && is_done "$part"; then
+    say "$part" ok "done before"
+  elif [ "$part" != build ] && [ "$part" != report ] && [ -f "$work/build.status" ] \
+    && [ "$(cat "$work/build.status")" = failed ]; then
+    say "$part" "not run" "the build failed"
+  else
+    run_part "$part"
+  fi
+  publish
+done
 
-echo "== tests"
-"$python" -m pytest "${tests[@]}" 2>&1 | tee "$out/tests.log"
-grep -qE '^=+ .*[1-9][0-9]* passed' "$out/tests.log" || { echo "no test ran"; exit 1; }
-
-echo "== benchmarks"
-"$python" -m pytest bench -s --benchmark-enable --benchmark-json="$out/bench.json" 2>&1 \
-  | tee "$out/bench.log"
-echo "== done: $(ls "$out" | tr '\n' ' ')"
+echo "== in $out"
+cat "$work/summary.txt"
+code=0
+for part in "${all_parts[@]}"; do
+  selected "$part" || continue
+  case $(cat "$work/$part.status") in
+    failed) code=1 ;;
+    "not run") if [ "$code" = 0 ] && [ -n "$arch" ]; then code=3; fi ;;
+  esac
+done
+exit "$code"

@@ -1,0 +1,192 @@
+"""bench/harness.py and conftest.py: no figure on a red check, and what has none is named."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+CPU = torch.device("cpu")
+
+BENCH_FILE = """
+import pytest, torch
+from harness import record, skip
+
+CPU = torch.device("cpu")
+
+def right():
+    return 1e-7
+
+def wrong():
+    assert 3 == 4, "got 3, expected 4"
+
+@pytest.mark.parametrize("size", [10, 1000])
+@pytest.mark.parametrize("contender", ["fishfast", "slow", "absent", "broken"])
+def bench_sum(benchmark, contender, size):
+    if contender == "absent":
+        skip("needs peft, not installed", contender, case=f"n={size}")
+    x = torch.ones(size)
+    record(
+        benchmark, x.sum, CPU, x.nbytes, flops=size, floor=x.clone, floor_name="a copy",
+        gate=wrong if contender == "broken" else right, case=f"n={size}", num_params=size,
+        contender=contender,
+    )
+
+def bench_nothing(benchmark):
+    pytest.skip("not today")
+"""
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("FISHFAST_BENCH", "toy")
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("harness")
+
+
+def benchmark() -> Any:
+    return SimpleNamespace(name="bench_x[1]", extra_info={}, pedantic=lambda run, **_: run())
+
+
+def test_a_red_check_is_raised_before_anything_is_timed(harness: Any, capsys: Any) -> None:
+    def check() -> None:
+        raise AssertionError("3 is not 4")
+
+    case, calls = benchmark(), []
+    with pytest.raises(
+        harness.WrongResult, match="^planted on n=3 is wrong: 3 is not 4; no figure$"
+    ):
+        harness.record(
+            case, lambda: calls.append(1), CPU, 8, gate=check, contender="planted", case="n=3"
+        )
+    assert (case.extra_info, calls, capsys.readouterr().out) == ({}, [], "")
+
+
+def test_what_a_figure_carries(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        harness, "compare",
+        lambda run, floor, device: {
+            "median_us": 50.0, "p20_us": 40.0, "p80_us": 60.0, "floor_us": 10.0, "times_floor": 5.0,
+        },
+    )  # fmt: skip
+    case = benchmark()
+    harness.record(
+        case, lambda: torch.ones(2**18), CPU, 10**6, flops=2 * 10**6, floor=lambda: None,
+        gate=lambda: 1e-6, density=0.5,
+    )  # fmt: skip
+    info = case.extra_info
+    assert info.pop("peak_bytes") == pytest.approx(2**20, abs=2**10)
+    assert info == {
+        "median_us": 50.0, "p20_us": 40.0, "p80_us": 60.0, "floor_us": 10.0, "times_floor": 5.0,
+        "percent_of_floor": 20.0, "bytes": 10**6, "gb_per_s": 20.0, "flops": 2 * 10**6,
+        "tflop_per_s": 0.04, "relative_error": 1e-6, "floor_name": "its floor", "density": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("floor", [None, 7.0])
+def test_floors_that_are_no_call(harness: Any, monkeypatch: pytest.MonkeyPatch, floor: Any) -> None:
+    timing = {"median_us": 70.0, "p20_us": 1.0, "p80_us": 100.0}
+    monkeypatch.setattr(harness, "measure", lambda run, device: dict(timing))
+    monkeypatch.setattr(harness, "roofline_us", lambda num_bytes, *_: num_bytes / 100)
+    case = benchmark()
+    harness.record(case, lambda: None, CPU, 3500, floor=floor)
+    expected = 35.0 if floor is None else 7.0
+    assert case.extra_info["floor_us"] == expected
+    assert case.extra_info["percent_of_floor"] == pytest.approx(100 * expected / 70)
+
+
+def test_the_roofline_is_the_larger_of_bytes_and_products(
+    harness: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floors = importlib.import_module("floors")
+    monkeypatch.setattr(floors, "copy_bandwidth", lambda device: 10.0)  # GB/s
+    monkeypatch.setattr(floors, "gemm_rate", lambda device, dtype: 2.0)  # TFLOP/s
+    roofline = floors.roofline_us
+    assert roofline(10**7, 0, CPU, torch.float32) == pytest.approx(1000)
+    assert roofline(10**7, 10**9, CPU, torch.float32) == pytest.approx(1000)
+    assert roofline(10**7, 10**10, CPU, torch.float32) == pytest.approx(5000)
+
+
+@pytest.mark.parametrize("us", [1e3, 1e5, 3e6])
+def test_repeats_follow_the_time(harness: Any, us: float) -> None:
+    """Twenty of what is fast, at the least three of what is slow, no warm-up of what takes long."""
+    clock = importlib.import_module("clock")
+    calls: list[int] = []
+
+    def time(run: Any) -> float:
+        calls.append(1)
+        return us
+
+    repeats = clock._warm_up([lambda: None], time, 1.0)
+    assert (repeats, len(calls)) == {1e3: (20, 3), 1e5: (10, 3), 3e6: (3, 1)}[us]
+
+
+def run_bench(folder: Path, **environment: str) -> tuple[dict[str, Any], str]:
+    """Run a bench file beside copies of the shared modules; return its JSON and its output."""
+    for name in ("conftest", "harness", "clock", "floors", "machine"):
+        shutil.copy(BENCH / f"{name}.py", folder)
+    (folder / "bench_sample.py").write_text(BENCH_FILE)
+    config = "[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n"
+    (folder / "pytest.ini").write_text(config)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-s", "-q", "--benchmark-enable", "--benchmark-quiet",
+         "--benchmark-json=figures.json", "-p", "no:cacheprovider"],
+        cwd=folder, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(BENCH.parent), "FISHFAST_BENCH": "toy", **environment},
+    )  # fmt: skip
+    file = folder / "figures.json"
+    return json.loads(file.read_text()) if file.exists() else {}, result.stdout + result.stderr
+
+
+def test_a_run_keeps_figures_and_names_what_has_none(tmp_path: Path) -> None:
+    content, output = run_bench(tmp_path, FISHFAST_COMMIT="abc1234")
+    assert content.keys() == {"machine", "benchmarks", "skipped", "failed"}
+    # The contenders of a case one after the other, whatever the order of the decorators.
+    assert [(f["case"], f["contender"]) for f in content["benchmarks"]] == [
+        ("n=10", "fishfast"), ("n=10", "slow"), ("n=1000", "fishfast"), ("n=1000", "slow"),
+    ]  # fmt: skip
+    figure = content["benchmarks"][3]
+    assert figure["stage"] == "sample"
+    assert figure["num_params"] == 1000
+    assert figure["version"] == f"torch {torch.__version__}"
+    assert content["benchmarks"][0]["version"].startswith("fishfast ")
+    absent = {"stage": "sample", "case": "n=10", "contender": "absent",
+              "reason": "needs peft, not installed"}  # fmt: skip
+    assert absent.items() <= content["skipped"][0].items()
+    assert content["skipped"][-1]["reason"] == "not today"
+    assert [f["contender"] for f in content["failed"]] == ["broken", "broken"]
+    assert "broken on n=10 is wrong: got 3, expected 4" in content["failed"][0]["reason"]
+    assert content["machine"]["commit"] == "abc1234"
+    assert content["machine"]["rehearsal"] is True
+    assert "extension" not in content["machine"]["fishfast"]  # a path
+    lines = [line for line in output.splitlines() if " us " in line]
+    assert len(lines) == 4
+    assert not any("broken" in line for line in lines)
+
+
+def test_each_file_has_its_share_of_the_time(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one leaves, those after it have; what the first takes too long, they do not lose."""
+    monkeypatch.setenv("FISHFAST_BENCH_SECONDS", "90")
+    spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    run = conftest._Run()
+    run.files, run.start = ["fisher", "topk_mask", "train_step"], 1000.0
+    for now, spent in ((29.0, []), (31.0, ["fisher"]), (61.0, run.files[:2]), (91.0, run.files)):
+        monkeypatch.setattr(conftest.time, "monotonic", lambda now=now: 1000 + now)
+        assert [file for file in run.files if run.spent(file)] == spent
+    monkeypatch.delenv("FISHFAST_BENCH_SECONDS")
+    assert not conftest._Run().spent("anything")
