@@ -1,7 +1,7 @@
 """Ways to take an AdamW step on the masked weights of a model, or on all of them, and their check.
 
 Each works on the same tuned model: the masked ones on its compact parameters, the dense ones on
-its weights.
+its weights. One that cannot run here is `Unavailable` with the reason.
 """
 
 from __future__ import annotations
@@ -11,19 +11,15 @@ import functools
 from collections.abc import Callable
 
 import torch
-from fisher_baselines import why
+from fisher_baselines import Unavailable, why
 from torch import Tensor, nn
 
 import fishfast as ff
 from fishfast.compact import CompactParameter
 
-__all__ = ["CONTENDERS", "Step", "Unavailable", "check"]
+__all__ = ["CONTENDERS", "Step", "check"]
 
 _LR, _BETA1, _BETA2, _EPS = 1e-3, 0.9, 0.999, 1e-8
-
-
-class Unavailable(Exception):
-    """A contender that cannot run here; its text says why."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -130,6 +126,7 @@ CONTENDERS: dict[str, Build] = {
     "compiled on compact values + scatter": _compiled,
     "torch fused, dense": _dense(fused=True),
     "torch foreach, dense": _dense(foreach=True),
+    "torch for-loop, dense": _dense(foreach=False),  # its default on a CPU
 }
 
 

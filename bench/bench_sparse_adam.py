@@ -1,10 +1,9 @@
 """The optimizer step: fishfast's one launch against torch's AdamW, compact and dense.
 
 Baselines with the same result: torch's fused AdamW on the compact values plus a scatter (`attach`),
-and the update compiled. Dense, what a user has today: torch's fused and
-foreach AdamW on all weights. Sweeps over density, number of weights and number of tensors cross in
-one case. No figure before two steps agree with a closed form in float64 and no other weight has
-changed.
+and the update compiled. Dense, what a user has today: torch's fused, foreach and for-loop AdamW on
+all weights. Sweeps over density, number of weights and number of tensors cross in one case. No
+figure before two steps agree with a closed form in float64 and no other weight has changed.
 
 The floor of a step on k of n weights is what it must move, at the bandwidth of a copy: gradient,
 master and both moments read, index read, master and moments written, 32 bytes per selected weight;
@@ -22,7 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from adam_contenders import CONTENDERS, Step, Unavailable, check
+from adam_contenders import CONTENDERS, Step, check
+from fisher_baselines import Unavailable
 from harness import devices, record, roofline_us, skip
 from shapes import size_set
 from torch import nn
@@ -93,15 +93,14 @@ def bench_step(benchmark: Any, contender: str, problem: Problem, device: torch.d
     }  # fmt: skip
     try:
         step = _step(contender, problem, device)
-        small = dataclasses.replace(problem, num_params=20_000, num_tensors=3)
-        wrong_ends_it = functools.partial(_check, contender, small, device)
         dense = "dense" in contender
         moved = problem.num_params * 7 * problem.dtype.itemsize  # read 4, write 3, in its dtype
         floor_bytes = problem.floor_bytes(device)
         record(
-            benchmark, step.run, device, moved if dense else floor_bytes, gate=wrong_ends_it,
+            benchmark, step.run, device, moved if dense else floor_bytes,
+            gate=lambda: _check(contender, problem, device),
             floor=roofline_us(floor_bytes, 0, device, problem.dtype),
-            floor_name="the bytes of a masked step, copied", contender=contender,
+            floor_name="masked bytes, copied", contender=contender,
             num_selected=problem.num_params if dense else _num_selected(problem), **labels,
         )  # fmt: skip
     except Unavailable as reason:
@@ -114,7 +113,8 @@ def _num_selected(problem: Problem) -> int:
 
 def _check(contender: str, problem: Problem, device: torch.device) -> float:
     torch.manual_seed(0)
-    return check(_build(contender, problem, *_tuned(problem, device)))
+    small = dataclasses.replace(problem, num_params=20_000, num_tensors=3)
+    return check(CONTENDERS[contender](*_tuned(small, device)))
 
 
 def _step(contender: str, problem: Problem, device: torch.device) -> Step:
@@ -123,11 +123,7 @@ def _step(contender: str, problem: Problem, device: torch.device) -> Step:
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         if needed > free:
             raise Unavailable(f"needs {needed / 1e9:.0f} GB, of which {free / 1e9:.0f} are free")
-    return _build(contender, problem, *_shared(problem, device))
-
-
-def _build(contender: str, problem: Problem, model: nn.Module, tuned: ff.SparseTuning) -> Step:
-    return CONTENDERS[contender](model, tuned)
+    return CONTENDERS[contender](*_shared(problem, device))
 
 
 @functools.lru_cache(maxsize=1)

@@ -41,6 +41,7 @@ class Training:
         parameters: what trains.
         optimizer: None: the step ends with the gradients.
         mask_gradients: called between backward and clipping.
+        handle: what a user would hold beside these.
     """
 
     model: Callable[..., Any]
@@ -48,6 +49,7 @@ class Training:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer | None
     mask_gradients: Callable[[], None] = lambda: None
+    handle: Any = None
 
     @property
     def num_trained(self) -> int:
@@ -191,9 +193,7 @@ def _fishfast(mask: str) -> Build:
         tuned = ff.train_only(workload.model, masks[mask])
         parameters: list[nn.Parameter] = list(tuned.parameters())
         optimizer = ff.AdamW(parameters, lr=LEARNING_RATE)
-        training = Training(workload.model, workload, parameters, optimizer)
-        training.tuned = tuned  # type: ignore[attr-defined]  # a user holds the handle too
-        return training
+        return Training(workload.model, workload, parameters, optimizer, handle=tuned)
 
     return build
 
