@@ -120,7 +120,8 @@ def _check(contender: str, problem: Problem, device: torch.device) -> float:
 def _step(contender: str, problem: Problem, device: torch.device) -> Step:
     if device.type == "cuda":
         needed = problem.num_params * problem.dtype.itemsize * (4 if "dense" in contender else 2)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + held
         if needed > free:
             raise Unavailable(f"needs {needed / 1e9:.0f} GB, of which {free / 1e9:.0f} are free")
     return CONTENDERS[contender](*_shared(problem, device))

@@ -52,10 +52,11 @@ def test_a_wrong_mask_gets_no_figure(
 ) -> None:
     """Right but for ties, which go to the highest index."""
 
-    def wrong(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
+    def wrong(scores: dict[str, torch.Tensor], k: int) -> ff.SparseMask:
         flipped = {name: score.flip(0) for name, score in reversed(scores.items())}
         mask = right(flipped, k=k)
-        return {n: (len(s) - 1 - mask[n]).flip(0) for n, s in scores.items()}
+        indices = {n: (len(s) - 1 - mask[n]).flip(0) for n, s in scores.items()}
+        return ff.SparseMask(indices, {n: tuple(s.shape) for n, s in scores.items()})
 
     right = ff.top_k_mask
     monkeypatch.setattr(ff, "top_k_mask", wrong)
@@ -85,6 +86,20 @@ def test_a_wrong_baseline_gets_no_figure(
     )
     with pytest.raises(AssertionError, match=rf"^torch.topk on one bin.*{reason}"):
         _run(module, "torch.topk", "one bin")
+
+
+def test_what_is_wrong_only_at_full_size_gets_no_figure(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = module._CONTENDERS["torch.topk"]
+
+    def wrong(scores: dict[str, torch.Tensor], k: int) -> torch.Tensor:
+        found = right(scores, k)
+        return found if sum(len(s) for s in scores.values()) <= 50_000 else found % 60_000
+
+    monkeypatch.setitem(module._CONTENDERS, "torch.topk", wrong)
+    with pytest.raises(AssertionError, match="^torch.topk on lognormal.* is wrong: not "):
+        _run(module, "torch.topk", "lognormal")
 
 
 def test_ties_are_free_to_a_baseline(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
