@@ -111,7 +111,10 @@ def _problems(centre: int, sizes: list[int], densities: list[float], tensors: in
 
 _PROBLEMS = {
     "toy": lambda: _problems(2**16, [2**14], [0.005, 0.5], 20),
-    "cpu": lambda: _problems(2**22, [10**5, 10**6, 10**7, 10**8], _DENSITIES, 400),
+    # More than the caches hold.
+    "cpu": lambda: _problems(
+        2**23 if short_set() else 2**25, [10**5, 10**6, 10**7, 10**8], _DENSITIES, 400
+    ),
     "gpu": lambda: _problems(2**30, [10**5, 10**6, 10**7, 10**8, 2**32], _DENSITIES, 400),
 }[size_set(devices()[0])]()
 
