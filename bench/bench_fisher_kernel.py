@@ -26,7 +26,7 @@ from fisher_kernel_cases import (
     layer_norm,
     linear,
 )
-from harness import compare, devices, full_size, peak_bytes, short_set, synchronized
+from harness import compare, devices, full_size, peak_bytes, short_set, skip, synchronized
 from shapes import CONV_LAYERS, LINEAR_LAYERS, size_set
 
 _SECONDS = 1.0 if full_size() else 0.02
@@ -133,7 +133,7 @@ def bench_kernel(benchmark: Any, contender: str, name: str, device: torch.device
     case, dtype = _made(name, device)
     add = case.contenders[contender]
     if isinstance(add, str):
-        pytest.skip(f"{contender} on {case.title}: {add}")
+        skip(add, contender, case=case.title)
     if "compiled" in contender:
         _compile(contender, case, add, device)
     error = check(contender, case, add, _TOLERANCE[dtype], device)
@@ -194,4 +194,4 @@ def _compile(contender: str, case: KernelCase, add: Add, device: torch.device) -
     try:
         add(torch.zeros(case.shape, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a Python that it does not know yet
-        pytest.skip(f"{contender} on {case.title}: {why(error)}")
+        skip(why(error), contender, case=case.title)

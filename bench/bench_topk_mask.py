@@ -96,15 +96,13 @@ _DENSITIES = [0.0001, 0.001, 0.005, 0.02, 0.1, 0.5]
 
 
 def _problems(centre: int, sizes: list[int], densities: list[float], tensors: int) -> list[Problem]:
-    """Return values x densities at ``centre`` scores, and sweeps over size, tensors and dtype."""
+    """Return sweeps that cross at ``centre`` scores; what matters most first."""
     values = list(_VALUES)
-    if full_size() and not short_set():
-        crossed = list(itertools.product(values, densities))
-    else:
-        crossed = [("lognormal", d) for d in densities] + [(v, 0.005) for v in values]
-    problems = [Problem(kind, centre, density) for kind, density in crossed]
-    problems += [Problem("lognormal", n) for n in sizes]
+    problems = [Problem(kind, centre) for kind in values]
     problems += [Problem(kind, centre, num_tensors=tensors) for kind in values]
+    problems += [Problem("lognormal", n) for n in sizes]
+    crossed = values[:1] if short_set() or not full_size() else values
+    problems += [Problem(kind, centre, d) for kind, d in itertools.product(crossed, densities)]
     problems += [Problem(kind, centre, dtype=torch.bfloat16) for kind in ("lognormal", "one bin")]
     return list(dict.fromkeys(problems))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from typing import Any
 
 import harness
@@ -25,8 +26,8 @@ class _Run:
         seconds = os.environ.get("FISHFAST_BENCH_SECONDS")
         self.budget = float(seconds) if seconds else None
         self.start = time.monotonic()
-        self.files: list[str] = []
-        self.count = 0
+        self.counts: Counter[str] = Counter()  # file -> cases, in the order in which they run
+        self.current = ""
         self.skipped: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
 
@@ -34,8 +35,16 @@ class _Run:
         """Return whether the file's share is used up; what it leaves, the files after it have."""
         if self.budget is None:
             return False
-        share = (self.files.index(file) + 1) / len(self.files)
+        share = (list(self.counts).index(file) + 1) / len(self.counts)
         return time.monotonic() - self.start > share * self.budget
+
+    def announce(self, file: str) -> None:
+        """Say where the run is, once per file."""
+        if file != self.current:
+            self.current = file
+            within = f" of {self.budget:.0f}" if self.budget else ""
+            took = f"{time.monotonic() - self.start:.0f}{within} s"
+            print(f"\n== {file}: {self.counts[file]} cases; at {took}", flush=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,13 +68,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         cases.setdefault(_labels(item)["key"], len(cases))
     items.sort(key=lambda item: cases[_labels(item)["key"]])
     state = config.stash[_STATE]
-    state.files = list(dict.fromkeys(_stage(item) for item in items))
-    state.count = len(items)
+    state.counts = Counter(_stage(item) for item in items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip, by name, what the time budget leaves no time for."""
+    """Say where the run is, and skip, by name, what the budget leaves no time for."""
     state = item.config.stash[_STATE]
+    state.announce(_stage(item))
     if state.spent(_stage(item)):
         pytest.skip(f"no time left of {state.budget:.0f} s (FISHFAST_BENCH_SECONDS)")
 

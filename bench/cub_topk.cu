@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cub/device/device_topk.cuh>
 #include <cuda/iterator>
+#include <cuda/std/version>
 
 namespace {
 
@@ -41,3 +42,6 @@ extern "C" int fishfast_bench_cub_topk(int kind, void* workspace, size_t* worksp
   return kSelect[kind](workspace, *workspace_bytes, scores, values, indices, num_scores, k,
                        static_cast<cudaStream_t>(stream));
 }
+
+// CCCL's version as it writes it: 3005000 is 3.5.0.
+extern "C" int fishfast_bench_cccl_version() { return CCCL_VERSION; }

@@ -6,8 +6,11 @@ Its headers are in the PyPI package nvidia-cuda-cccl (13.3.5, CCCL 3.5.0, was tr
     pip download --no-deps nvidia-cuda-cccl && unzip -q nvidia_cuda_cccl-*.whl -d cccl
     export FISHFAST_CCCL=$PWD/cccl/nvidia/cu13/include/cccl
 
-A card without network needs that folder brought along. The library is built once, in half a minute,
-and kept in bench/out.
+A card without network needs that folder brought along, or the library itself, built elsewhere:
+
+    python bench/cub_topk.py sm_90 OUT_DIR      # prints its path: export FISHFAST_CUB_TOPK=that
+
+Without it the library is built once, in half a minute, and kept in bench/out.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ import ctypes
 import functools
 import hashlib
 import os
-import re
 import shutil
 import site
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,9 @@ def headers() -> Path | None:
 
 
 def unavailable() -> str | None:
-    """Return why it cannot be built here, or None."""
+    """Return why it cannot be had here, or None."""
+    if named := os.environ.get("FISHFAST_CUB_TOPK"):
+        return None if Path(named).is_file() else f"FISHFAST_CUB_TOPK names no file: {named}"
     if headers() is None:
         return (
             "no CCCL headers with cub/device/device_topk.cuh: install nvidia-cuda-cccl or set "
@@ -56,19 +61,8 @@ def unavailable() -> str | None:
     return None
 
 
-def cccl_version() -> str:
-    """Return the version of the headers, such as "3.5.0"."""
-    folder = headers()
-    assert folder is not None, unavailable()
-    text = (folder / "cuda" / "std" / "__cccl" / "version.h").read_text()
-    found = re.search(r"define CCCL_VERSION (\d+)", text)
-    assert found, "no CCCL_VERSION in the headers"
-    number = int(found[1])
-    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
-
-
 def build(architecture: str, out: Path = _OUT) -> Path:
-    """Compile cub_topk.cu, or return what was compiled before.
+    """Compile cub_topk.cu, or return what was compiled before, here or elsewhere.
 
     Args:
         architecture: such as "sm_90".
@@ -79,7 +73,10 @@ def build(architecture: str, out: Path = _OUT) -> Path:
     """
     if reason := unavailable():
         raise RuntimeError(reason)
-    digest = hashlib.sha256(_SOURCE.read_bytes() + cccl_version().encode()).hexdigest()[:12]
+    if named := os.environ.get("FISHFAST_CUB_TOPK"):
+        return Path(named)
+    version = (headers() or Path()) / "cuda" / "std" / "__cccl" / "version.h"
+    digest = hashlib.sha256(_SOURCE.read_bytes() + version.read_bytes()).hexdigest()[:12]
     library = out / f"cub_topk-{architecture}-{digest}.so"
     if library.exists():
         return library
@@ -97,25 +94,34 @@ def build(architecture: str, out: Path = _OUT) -> Path:
 
 
 def load(library: Path) -> Any:
-    """Return the entry of a built library.
+    """Return a built library with its signatures.
 
     Args:
         library: from `build`.
     """
-    entry = ctypes.CDLL(str(library)).fishfast_bench_cub_topk
+    loaded = ctypes.CDLL(str(library))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    entry.argtypes = [
+    loaded.fishfast_bench_cub_topk.argtypes = [
         ctypes.c_int, pointer, ctypes.POINTER(ctypes.c_size_t), pointer, pointer, pointer, size,
         size, pointer,
     ]  # fmt: skip
-    entry.restype = ctypes.c_int
-    return entry
+    return loaded
 
 
 @functools.cache
-def _entry() -> Any:
+def _library() -> Any:
     major, minor = torch.cuda.get_device_capability()
     return load(build(f"sm_{major}{minor}"))
+
+
+def cccl_version(library: Any = None) -> str:
+    """Return the version of the headers that it was built from, such as "3.5.0".
+
+    Args:
+        library: from `load`; default: the one for the card.
+    """
+    number = (library or _library()).fishfast_bench_cccl_version()
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -139,7 +145,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     num_bytes = ctypes.c_size_t(0)
 
     def call(workspace: int | None) -> None:
-        error = _entry()(
+        error = _library().fishfast_bench_cub_topk(
             kind, workspace, ctypes.byref(num_bytes), scores.data_ptr(), values.data_ptr(),
             indices.data_ptr(), scores.numel(), k, stream,
         )  # fmt: skip
@@ -150,3 +156,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     workspace = torch.empty(num_bytes.value, dtype=torch.uint8, device=scores.device)
     call(workspace.data_ptr())
     return indices
+
+
+if __name__ == "__main__":
+    print(build(sys.argv[1], Path(sys.argv[2])))

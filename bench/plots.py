@@ -31,6 +31,7 @@ _PARAMETERS = (
     "device", "model", "kind", "values", "dtype", "num_tensors", "num_params", "density", "batch",
     "length",
 )  # fmt: skip
+_FOLLOWS = {"length": ("num_params",)}  # a longer model has more position embeddings
 _WORDS = {
     "num_params": "n, number of scores", "density": "density, part of the weights that is trained",
     "length": "T, tokens per sample", "batch": "B, samples per batch",
@@ -144,7 +145,8 @@ def _sweeps(run: Run, stage: str, axis: str) -> list[tuple[str, list[Figures]]]:
     groups: dict[tuple[Any, ...], list[Figures]] = {}
     for row in _rows(run, stage):
         if axis in row:
-            same = tuple((p, row[p]) for p in _PARAMETERS if p in row and p != axis)
+            varying = (axis, *_FOLLOWS.get(axis, ()))
+            same = tuple((p, row[p]) for p in _PARAMETERS if p in row and p not in varying)
             groups.setdefault(same, []).append(row)
     sizes = {same: len({row[axis] for row in rows}) for same, rows in groups.items()}
     longest = max(sizes.values(), default=0)

@@ -15,7 +15,7 @@
 # fails stops only what needs it. Exit code: 0 all is well, 1 a part failed, 3 a part could not be
 # run here. OUT_DIR gets summary.txt, bench.json, report.md and results.tar.gz with all of it; logs
 # and markers lie beside them, or in --work DIR where few files or a fresh OUT_DIR are wanted. The
-# time is shared out so that all parts together stay within --minutes (default 9.5).
+# time is shared out so that all parts together stay within --minutes (default 9.5; 30 without GPU).
 #
 # Without a GPU it is a REHEARSAL, said loudly and marked in the JSON: the same parts on the CPU and
 # the simulated kernels at toy size, so that CI tests the script itself.
@@ -147,8 +147,11 @@ is_done() { [ -f "$work/$1.done" ] && [ "$(cat "$work/$1.done")" = "$key" ]; }
 selected() { [ -z "$only" ] || [[ ",$only," == *",$1,"* ]]; }
 
 say() { # part, status, words
-  echo "$2" >"$work/$1.status"
-  printf '%-9s %s\n' "$1" "$2${3:+: $3}" | tee "$work/$1.line"
+  printf '%-9s %s\n' "$1" "$2: $3" | tee "$work/$1.status"
+}
+
+went() { # part, status: is this how it went?
+  [[ "$(cat "$work/$1.status" 2>/dev/null)" == "$1 "*" $2: "* ]]
 }
 
 publish() { # after every part: a time limit from outside loses nothing
@@ -156,7 +159,7 @@ publish() { # after every part: a time limit from outside loses nothing
     [ -n "$arch" ] || echo "REHEARSAL: no GPU here; its figures say nothing about a GPU."
     local part
     for part in "${all_parts[@]}"; do
-      cat "$work/$part.line" 2>/dev/null || printf '%-9s not selected\n' "$part"
+      cat "$work/$part.status" 2>/dev/null || printf '%-9s not selected\n' "$part"
     done
   } >"$work/summary.txt"
   local file
@@ -210,7 +213,7 @@ if [ "${1:-}" = --inside ]; then # a part, called by run_part
   exit
 fi
 
-out='' only='' again='' minutes=9.5 work=''
+out='' only='' again='' minutes='' work=''
 while [ $# -gt 0 ]; do
   case $1 in
     --only | --minutes | --work)
@@ -232,7 +235,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -n "$out" ] || fail "OUT_DIR is missing"
-[[ "$minutes" =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--minutes must be a number, got $minutes"
+[[ "${minutes:-1}" =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--minutes must be a number, got $minutes"
 for part in ${only//,/ }; do
   [ -n "${share[$part]:-}" ] || fail "--only takes parts, got $part"
 done
@@ -248,8 +251,10 @@ import torch
 if torch.cuda.is_available():
     print("".join(map(str, torch.cuda.get_device_capability())))')
 if [ -n "$arch" ]; then
+  minutes=${minutes:-9.5}
   echo "== GPU with compute capability $arch"
 else
+  minutes=${minutes:-30}
   echo "== REHEARSAL: no GPU here. Same parts on the CPU; its figures say nothing about a GPU."
 fi
 limit=0 # the seconds of the part that runs
@@ -258,14 +263,13 @@ key=$(sources)
 deadline=$((SECONDS + $(awk "BEGIN {print int(60 * $minutes)}")))
 
 for part in "${all_parts[@]}"; do # of other sources, or cut short: nothing to go by
-  selected "$part" || is_done "$part" || rm -f "$work/$part".{done,line,status}
+  selected "$part" || is_done "$part" || rm -f "$work/$part".{done,status}
 done
 for part in "${all_parts[@]}"; do
   selected "$part" || continue
   if [ -z "$only" ] && [ -z "$again" ] && is_done "$part"; then
     say "$part" ok "done before"
-  elif [ "$part" != build ] && [ "$part" != report ] && [ -f "$work/build.status" ] \
-    && [ "$(cat "$work/build.status")" = failed ]; then
+  elif [ "$part" != build ] && [ "$part" != report ] && went build failed; then
     say "$part" "not run" "the build failed"
   else
     run_part "$part"
@@ -278,9 +282,10 @@ cat "$work/summary.txt"
 code=0
 for part in "${all_parts[@]}"; do
   selected "$part" || continue
-  case $(cat "$work/$part.status") in
-    failed) code=1 ;;
-    "not run") if [ "$code" = 0 ] && [ -n "$arch" ]; then code=3; fi ;;
-  esac
+  if went "$part" failed; then
+    code=1
+  elif went "$part" "not run" && [ "$code" = 0 ] && [ -n "$arch" ]; then
+    code=3
+  fi
 done
 exit "$code"

@@ -18,6 +18,7 @@ _BENCH = Path(__file__).parents[1] / "bench"
 def cub_topk(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(_BENCH))
     module = importlib.import_module("cub_topk")
+    monkeypatch.delenv("FISHFAST_CUB_TOPK", raising=False)
     module.headers.cache_clear()
     yield module
     module.headers.cache_clear()
@@ -45,17 +46,17 @@ def test_missing_compiler_is_named(
     assert cub_topk.unavailable() == "no nvcc on the PATH"
 
 
-def test_version_is_read_from_the_headers(
+def test_a_library_from_elsewhere(
     cub_topk: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, text in (
-        ("cub/device/device_topk.cuh", ""),
-        ("cuda/std/__cccl/version.h", "#define CCCL_VERSION 3012004\n"),
-    ):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setenv("FISHFAST_CCCL", str(tmp_path))
-    assert cub_topk.cccl_version() == "3.12.4"
+    """Neither headers nor nvcc are needed."""
+    library = tmp_path / "cub_topk.so"
+    monkeypatch.setenv("FISHFAST_CUB_TOPK", str(library))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cub_topk.unavailable() == f"FISHFAST_CUB_TOPK names no file: {library}"
+    library.touch()
+    assert cub_topk.unavailable() is None
+    assert cub_topk.build("sm_90", tmp_path / "out") == library
 
 
 def test_it_builds_for_hopper(cub_topk: ModuleType, tmp_path: Path) -> None:
@@ -64,7 +65,9 @@ def test_it_builds_for_hopper(cub_topk: ModuleType, tmp_path: Path) -> None:
     library = cub_topk.build("sm_90", tmp_path)
     assert cub_topk.build("sm_90", tmp_path) == library  # not twice
     assert [library] == list(tmp_path.iterdir())
-    entry, num_bytes = cub_topk.load(library), ctypes.c_size_t(0)
+    loaded = cub_topk.load(library)
+    assert [int(part) >= 0 for part in cub_topk.cccl_version(loaded).split(".")] == [True] * 3
+    entry, num_bytes = loaded.fishfast_bench_cub_topk, ctypes.c_size_t(0)
     if not torch.cuda.is_available():  # the answer comes from the CUDA runtime in it
         assert entry(0, None, ctypes.byref(num_bytes), None, None, None, 1000, 10, None) != 0
 

@@ -184,9 +184,10 @@ def test_each_file_has_its_share_of_the_time(harness: Any, monkeypatch: pytest.M
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
     run = conftest._Run()
-    run.files, run.start = ["fisher", "topk_mask", "train_step"], 1000.0
-    for now, spent in ((29.0, []), (31.0, ["fisher"]), (61.0, run.files[:2]), (91.0, run.files)):
+    files = ["fisher", "topk_mask", "train_step"]
+    run.counts, run.start = dict.fromkeys(files, 5), 1000.0
+    for now, spent in ((29.0, []), (31.0, ["fisher"]), (61.0, files[:2]), (91.0, files)):
         monkeypatch.setattr(conftest.time, "monotonic", lambda now=now: 1000 + now)
-        assert [file for file in run.files if run.spent(file)] == spent
+        assert [file for file in files if run.spent(file)] == spent
     monkeypatch.delenv("FISHFAST_BENCH_SECONDS")
     assert not conftest._Run().spent("anything")
