@@ -27,6 +27,7 @@ from fisher_kernel_cases import (
     linear,
 )
 from harness import compare, devices, full_size, peak_bytes, short_set, skip, synchronized
+from shapes import CONV_LAYERS, LINEAR_LAYERS, size_set
 
 _SECONDS = 1.0 if full_size() else 0.02
 # fp32: sums of some thousand products in another order. bf16: a baseline rounds each per-sample
@@ -52,54 +53,74 @@ def _linears(tokens: int, lengths: list[int], layers: list[tuple[int, int]]) -> 
     }
 
 
-def _all(device: str) -> dict[str, Make]:
-    if device == "toy":
-        return {
-            **_linears(12, [1, 4], [(24, 16)]),
-            "linear-padded": _case(linear, batch=3, length=8, outputs=8, inputs=12, padded=True),
-            "conv3x3": _case(conv, batch=2, channels=(4, 8), side=6, kernel=3),
-            "embedding": _case(embedding, batch=3, length=8, tokens=40, width=8),
-            "layer_norm": _case(layer_norm, batch=3, length=8, width=16),
-        }
-    if device == "cpu":
-        lengths = [1, 16, 128, 1024] if short_set() else [1, 4, 16, 64, 256, 1024, 4096]
-        return {
-            **_linears(
-                max(1024, lengths[-1]), lengths, [(768, 768), (3072, 768)][: len(lengths) - 3]
-            ),
-            "linear-padded": _case(
-                linear, batch=8, length=128, outputs=768, inputs=768, padded=True
-            ),
-            "conv3x3": _case(conv, batch=8, channels=(64, 64), side=56, kernel=3),
-            "conv3x3-deep": _case(conv, batch=8, channels=(256, 256), side=14, kernel=3),
-            "conv7x7": _case(conv, batch=8, channels=(3, 64), side=112, kernel=7, stride=2),
-            "depthwise": _case(conv, batch=8, channels=(96, 96), side=56, kernel=7, groups=96),
-            "embedding": _case(embedding, batch=8, length=128, tokens=30522, width=768),
-            "layer_norm": _case(layer_norm, batch=8, length=128, width=768),
-        }
+def _layers_of(models: list[str], rows: int, length: int, images: int) -> dict[str, Make]:
+    """The layers of whole models; the same shape in two of them is one case."""
+    cases = {}
+    for model in models:
+        cases |= _linears(rows, [length], LINEAR_LAYERS.get(model, []))
+        for (before, after), side, kernel, stride in CONV_LAYERS.get(model, []):
+            cases[f"conv-{before}x{after}-{kernel}x{kernel}-{side}px"] = _case(
+                conv, batch=images, channels=(before, after), side=side, kernel=kernel,
+                stride=stride,
+            )  # fmt: skip
+    return cases
+
+
+def _toy() -> dict[str, Make]:
     return {
-        **_linears(
-            2**14, [1, 16, 128, 512, 4096], [(1024, 1024), (4096, 1024), (1024, 4096), (5632, 2048)]
-        ),
+        **_linears(12, [1, 4], [(24, 16)]),
+        "linear-padded": _case(linear, batch=3, length=8, outputs=8, inputs=12, padded=True),
+        "conv3x3": _case(conv, batch=2, channels=(4, 8), side=6, kernel=3),
+        "embedding": _case(embedding, batch=3, length=8, tokens=40, width=8),
+        "layer_norm": _case(layer_norm, batch=3, length=8, width=16),
+    }
+
+
+def _cpu() -> dict[str, Make]:
+    lengths = [1, 16, 128, 1024] if short_set() else [1, 4, 16, 64, 256, 1024, 4096]
+    cases = {
+        **_linears(lengths[-1], lengths, [(768, 768)]),
+        "linear-padded": _case(linear, batch=8, length=128, outputs=768, inputs=768, padded=True),
+        "conv3x3": _case(conv, batch=8, channels=(64, 64), side=56, kernel=3),
+        "conv3x3-deep": _case(conv, batch=8, channels=(256, 256), side=14, kernel=3),
+        "conv7x7": _case(conv, batch=8, channels=(3, 64), side=112, kernel=7, stride=2),
+        "depthwise": _case(conv, batch=8, channels=(96, 96), side=56, kernel=7, groups=96),
+        "embedding": _case(embedding, batch=8, length=128, tokens=30522, width=768),
+        "layer_norm": _case(layer_norm, batch=8, length=128, width=768),
+    }
+    if not short_set():
+        cases |= _layers_of(["BERT-base", "BERT-large", "ResNet-50"], 1024, 128, images=4)
+    return cases
+
+
+def _gpu() -> dict[str, Make]:
+    lengths = [4**i for i in range(7)] if short_set() else [2**i for i in range(13)]
+    rows = 2**14
+    cases = {
+        **_linears(rows, lengths, [(4096, 1024)]),
+        **_layers_of(["BERT-large"], rows, 128, images=64),
+        **_layers_of(["Llama 1B", "Llama 8B", "ResNet-50", "ViT-L"], rows, 512, images=64),
         "linear-padded": _case(
             linear, batch=128, length=128, outputs=4096, inputs=1024, padded=True
         ),
-        "conv3x3": _case(conv, batch=64, channels=(64, 64), side=56, kernel=3),
-        "conv3x3-deep": _case(conv, batch=64, channels=(512, 512), side=7, kernel=3),
-        "conv1x1": _case(conv, batch=64, channels=(256, 64), side=56, kernel=1),
-        "conv7x7": _case(conv, batch=64, channels=(3, 64), side=224, kernel=7, stride=2),
         "depthwise": _case(conv, batch=64, channels=(96, 96), side=56, kernel=7, groups=96),
         "embedding": _case(embedding, batch=128, length=128, tokens=30522, width=1024),
         "layer_norm": _case(layer_norm, batch=128, length=128, width=1024),
     }
+    if not short_set():
+        for length in (1, 16, 128, 2048):
+            cases |= _layers_of(list(LINEAR_LAYERS), rows, length, images=64)
+    return cases
 
 
-_CASES = _all(("gpu" if torch.cuda.is_available() else "cpu") if full_size() else "toy")
+_CASES = {"toy": _toy, "cpu": _cpu, "gpu": _gpu}[size_set(devices()[0])]()
 
 
 @functools.lru_cache(maxsize=1)
 def _made(name: str, device: torch.device) -> tuple[KernelCase, torch.dtype]:
     torch.manual_seed(0)
+    # torch.compile would run the ninth shape of a function as it is, uncompiled.
+    torch.compiler.reset()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return _CASES[name](device, dtype), dtype
 

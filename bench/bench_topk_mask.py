@@ -1,29 +1,69 @@
-"""The global top-k: fishfast's radix select against torch.topk.
+"""The global top-k: fishfast's radix select against torch.topk and CUB's DeviceTopK.
 
-torch.topk takes one tensor: a model's scores are concatenated first, and that is charged. It gives
-its indices unordered and picks any of equal scores, which is less than a mask needs. The floor is
-one read of the scores; what may be reached is a little more than two.
+The baselines take one tensor: a model's scores are concatenated first, and that is charged. They
+give indices in no order and any of equal scores, which is less than a mask needs. CUB's is built by
+cub_topk.py where a GPU, nvcc and its headers are there. No figure before a contender selects what a
+stable sort does; the baselines, as many scores of every value.
+
+The floor is one read of the scores: at the bandwidth of a copy on a GPU, of a sum on a CPU. What
+may be reached is a little more than two. On a CPU "beyond" is the memory that the process took
+beyond its input, inside libraries too, and with the k indices.
+
+    FISHFAST_BENCH=full python -m pytest bench/bench_topk_mask.py -s --benchmark-enable
 """
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import functools
+import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import cub_topk
 import pytest
 import torch
-from harness import devices, full_size, record
+from harness import (
+    copy_bandwidth,
+    devices,
+    full_size,
+    read_bandwidth,
+    record,
+    short_set,
+    skip,
+    version,
+)
+from shapes import size_set
 from torch import Tensor
 
 import fishfast as ff
 
-_NUM_PARAMS = 2**16
-_TENSORS = 20
-if full_size():
-    _NUM_PARAMS = 2**30 if torch.cuda.is_available() else 2**22
-    _TENSORS = 400
-_DENSITIES = [0.0001, 0.005, 0.02, 0.5] if full_size() else [0.005, 0.5]
 Scores = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One selection; ``values`` names a function of `_VALUES`."""
+
+    values: str
+    num_params: int
+    density: float = 0.005
+    num_tensors: int = 1
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        tensors = "tensor" if self.num_tensors == 1 else "tensors"
+        size = f"n={self.num_params:.0e}, {100 * self.density:g} %"
+        return f"{self.values}, {size}, {self.num_tensors} {tensors}, {dtype}"
+
+    @property
+    def k(self) -> int:
+        """Number of scores to select."""
+        return int(self.density * self.num_params)
 
 
 def _lognormal(scores: Tensor) -> None:
@@ -39,8 +79,11 @@ def _mostly_zero(scores: Tensor) -> None:
 
 
 def _one_bin(scores: Tensor) -> None:
-    """All share the upper 16 bits: the first digit tells nothing."""
-    scores.view(torch.int32).random_(0x3F800000, 0x3F810000)
+    """All share the upper 16 bits, 12 of bf16: the first digit tells nothing."""
+    if scores.dtype == torch.bfloat16:
+        scores.view(torch.int16).random_(0x3F80, 0x3F90)
+    else:
+        scores.view(torch.int32).random_(0x3F800000, 0x3F810000)
 
 
 _VALUES = {
@@ -49,61 +92,175 @@ _VALUES = {
     "mostly zero": _mostly_zero,
     "one bin": _one_bin,
 }
+_DENSITIES = [0.0001, 0.001, 0.005, 0.02, 0.1, 0.5]
 
 
-def _scores(
-    fill: Callable[[Tensor], None], num_tensors: int, num_params: int, device: Any
-) -> Scores:
-    """Tensors of uneven size, the largest a few hundred times the smallest."""
-    weights = torch.arange(1, num_tensors + 1).double() ** 2
-    sizes = (num_params * weights / weights.sum()).long()
-    sizes[-1] += num_params - sizes.sum()
-    scores = {f"t{i}": torch.empty(n, device=device) for i, n in enumerate(sizes.tolist())}
+def _problems(centre: int, sizes: list[int], densities: list[float], tensors: int) -> list[Problem]:
+    """Return sweeps that cross at ``centre`` scores; what matters most first."""
+    values = list(_VALUES)
+    problems = [Problem(kind, centre) for kind in values]
+    problems += [Problem(kind, centre, num_tensors=tensors) for kind in values]
+    problems += [Problem("lognormal", n) for n in sizes]
+    crossed = values[:1] if short_set() or not full_size() else values
+    problems += [Problem(kind, centre, d) for kind, d in itertools.product(crossed, densities)]
+    problems += [Problem(kind, centre, dtype=torch.bfloat16) for kind in ("lognormal", "one bin")]
+    return list(dict.fromkeys(problems))
+
+
+_PROBLEMS = {
+    "toy": lambda: _problems(2**16, [2**14], [0.005, 0.5], 20),
+    # More than the caches hold.
+    "cpu": lambda: _problems(
+        2**23 if short_set() else 2**25, [10**5, 10**6, 10**7, 10**8], _DENSITIES, 400
+    ),
+    "gpu": lambda: _problems(2**30, [10**5, 10**6, 10**7, 10**8, 2**32], _DENSITIES, 400),
+}[size_set(devices()[0])]()
+
+
+@functools.lru_cache(maxsize=1)
+def _scores(problem: Problem, device: torch.device) -> Scores:
+    """Tensors of uneven size, the largest a few hundred times the smallest or more."""
+    weights = torch.arange(1, problem.num_tensors + 1).double() ** 2
+    sizes = (problem.num_params * weights / weights.sum()).long()
+    sizes[-1] += problem.num_params - sizes.sum()
+    scores = {
+        f"t{i}": torch.empty(n, dtype=problem.dtype, device=device)
+        for i, n in enumerate(sizes.tolist())
+    }
     for score in scores.values():
-        fill(score)
+        _VALUES[problem.values](score)
     return scores
 
 
-def _fishfast(scores: Scores, k: int) -> object:
+def _fishfast(scores: Scores, k: int) -> ff.SparseMask:
     return ff.top_k_mask(scores, k=k)
 
 
-def _torch_topk(scores: Scores, k: int) -> object:
+def _joined(scores: Scores) -> Tensor:
     tensors = list(scores.values())
-    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    return torch.topk(joined, k, sorted=False)
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-_CONTENDERS = {"fishfast": _fishfast, "torch.topk": _torch_topk}
+def _torch_topk(scores: Scores, k: int) -> Tensor:
+    return torch.topk(_joined(scores), k, sorted=False).indices
 
 
-def _check(fill: Callable[[Tensor], None], density: float, device: torch.device) -> None:
-    """No figure on a red check: a stable sort of the same kind of scores gives the same mask."""
-    scores = _scores(fill, 20, 50_000, device)
-    k = int(density * 50_000)
-    order = torch.cat(list(scores.values())).sort(descending=True, stable=True).indices
-    mask = ff.top_k_mask(scores, k=k)
-    starts = [0, *torch.tensor([s.numel() for s in scores.values()]).cumsum(0).tolist()]
-    found = torch.cat([mask[name] + start for name, start in zip(scores, starts, strict=False)])
-    assert torch.equal(found, order[:k].sort().values)
+def _cub_topk(scores: Scores, k: int) -> Tensor:
+    return cub_topk.top_k(_joined(scores), k)
 
 
-@pytest.mark.parametrize("device", devices(), ids=str)
-@pytest.mark.parametrize("num_tensors", [1, _TENSORS], ids=lambda count: f"tensors={count}")
-@pytest.mark.parametrize("density", _DENSITIES)
-@pytest.mark.parametrize("values", _VALUES)
+_CONTENDERS: dict[str, Callable[[Scores, int], Any]] = {
+    "fishfast": _fishfast,
+    "torch.topk": _torch_topk,
+    "CUB DeviceTopK": _cub_topk,
+}
+
+
+def _check(contender: str, problem: Problem, device: torch.device) -> None:
+    """No figure on a red check: fewer scores of this kind against a stable sort, then all of them.
+
+    All, because torch.topk has given wrong indices past 2^32 scores without a word.
+    """
+    small = dataclasses.replace(problem, num_params=50_000, num_tensors=20)
+    scores = _scores.__wrapped__(small, device)
+    found = _CONTENDERS[contender](scores, small.k)
+    _check_largest(found, scores, small.k)
+    if isinstance(found, ff.SparseMask):
+        joined, starts = _joined(scores), [0]
+        for score in scores.values():
+            starts.append(starts[-1] + score.numel())
+        order = joined.sort(descending=True, stable=True).indices[: small.k]
+        places = [found[name] + start for name, start in zip(scores, starts, strict=False)]
+        assert torch.equal(torch.cat(places), order.sort().values), "not what a stable sort selects"
+    scores = _scores(problem, device)
+    _check_largest(_CONTENDERS[contender](scores, problem.k), scores, problem.k)
+
+
+def _check_largest(found: Any, scores: Scores, k: int) -> None:
+    """Check that k different scores were selected, and none that is larger left."""
+    if isinstance(found, Tensor):
+        distinct = len(found.unique())
+        selected = _joined(scores)[found.long()]
+    else:
+        distinct = sum(
+            int((found[name].diff() > 0).sum()) + 1 for name in found if len(found[name])
+        )
+        selected = torch.cat([scores[name].view(-1)[found[name].long()] for name in found])
+    assert distinct == len(selected) == k, "not k different scores"
+    threshold = selected.min()
+    larger = sum(int((score > threshold).sum()) for score in scores.values())
+    assert int((selected > threshold).sum()) == larger, "not the largest scores"
+
+
+def _unavailable(contender: str, problem: Problem, device: torch.device) -> str | None:
+    if contender == "CUB DeviceTopK" and device.type != "cuda":
+        return "needs a GPU"
+    if contender == "CUB DeviceTopK" and (reason := cub_topk.unavailable()):
+        return reason
+    if device.type == "cuda":
+        needed = 3 * problem.num_params * problem.dtype.itemsize  # scores, joined, workspace
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + held
+        if needed > free:
+            return f"needs {needed / 1e9:.0f} GB, of which {free / 1e9:.0f} are free"
+    return None
+
+
 @pytest.mark.parametrize("contender", _CONTENDERS)
-def bench_top_k(
-    benchmark: Any,
-    contender: str,
-    values: str,
-    density: float,
-    num_tensors: int,
-    device: torch.device,
-) -> None:
+@pytest.mark.parametrize("problem", _PROBLEMS, ids=str)
+@pytest.mark.parametrize("device", devices(), ids=str)
+def bench_top_k(benchmark: Any, contender: str, problem: Problem, device: torch.device) -> None:
     """Time one selection; the bytes are those of one read of the scores."""
-    _check(_VALUES[values], density, device)
-    scores = _scores(_VALUES[values], num_tensors, _NUM_PARAMS, device)
-    k = int(density * _NUM_PARAMS)
-    run = _CONTENDERS[contender]
-    record(benchmark, lambda: run(scores, k), device, 4 * _NUM_PARAMS)
+    labels: dict[str, Any] = {
+        "stage": "topk_mask", "case": str(problem), "values": problem.values,
+        "dtype": str(problem.dtype).removeprefix("torch."), "num_params": problem.num_params,
+        "num_selected": problem.k, "density": problem.density, "num_tensors": problem.num_tensors,
+    }  # fmt: skip
+    if reason := _unavailable(contender, problem, device):
+        skip(reason, contender, **labels)
+    scores = _scores(problem, device)
+    run = functools.partial(_CONTENDERS[contender], scores, problem.k)
+    num_bytes = problem.num_params * problem.dtype.itemsize
+    bandwidth = copy_bandwidth if device.type == "cuda" else read_bandwidth
+    record(
+        benchmark, run, device, num_bytes, gate=lambda: _check(contender, problem, device),
+        floor=num_bytes / bandwidth(device) / 1e3, floor_name="one read", contender=contender,
+        version=_version(contender), **labels,
+    )  # fmt: skip
+    if full_size() and (beyond := resident_beyond(run)) is not None:
+        benchmark.extra_info["resident_bytes"] = beyond
+        print(f"{'':<75} {beyond / 2**20:>9.1f} MiB beyond, {100 * beyond / num_bytes:.1f} %")
+
+
+def _version(contender: str) -> str:
+    if contender == "CUB DeviceTopK":
+        return f"CCCL {cub_topk.cccl_version()}"
+    package = "fishfast" if contender == "fishfast" else "torch"
+    return f"{package} {version(package)}"
+
+
+def resident_beyond(run: Callable[[], Any]) -> int | None:
+    """Return by how much the process's memory grew at its peak; None where Linux cannot say.
+
+    Unlike `harness.peak_bytes` it sees what libraries allocate: torch.topk queues 16 bytes per
+    score. What the process held without using it is given back before.
+
+    Args:
+        run: what is looked at, on a CPU.
+    """
+    if torch.cuda.is_available():
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        run()
+        return _status("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(kind: str) -> int:
+    found = re.search(kind + r":\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found, kind
+    return 1024 * int(found[1])

@@ -170,10 +170,11 @@ def conv(
     device: torch.device, dtype: torch.dtype, batch: int, channels: tuple[int, int], side: int,
     kernel: int, stride: int = 1, groups: int = 1,
 ) -> KernelCase:  # fmt: skip
-    """A 2-d convolution with "same" padding."""
+    """A 2-d convolution with "same" padding; one as far apart as it is wide has none: patches."""
     before, after = channels
+    padding = kernel // 2 if stride < kernel else 0
     options: dict[str, Any] = {
-        "stride": (stride, stride), "padding": (kernel // 2, kernel // 2), "dilation": (1, 1),
+        "stride": (stride, stride), "padding": (padding, padding), "dilation": (1, 1),
     }  # fmt: skip
     x = torch.randn(batch, before, side, side, device=device).to(dtype)
     weight = torch.randn(after, before // groups, kernel, kernel, device=device).to(dtype)
@@ -196,7 +197,7 @@ def conv(
         return total
 
     def unfolded(chunk: slice) -> Tensor:
-        window = {"dilation": 1, "padding": kernel // 2, "stride": stride}
+        window = {"dilation": 1, "padding": padding, "stride": stride}
         return F.unfold(x[chunk], kernel, **window).unflatten(1, (groups, -1)).mT
 
     def per_group(chunk: slice) -> Tensor:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import full_size, short_set
+from harness import short_set
+from shapes import BERT_LARGE, LLAMA_1B, RESNET_50, size_set
 from torch import Tensor, nn
 
-__all__ = ["WORKLOADS", "Workload", "load"]
+__all__ = ["WORKLOADS", "Workload", "build", "load"]
 
 Batch = dict[str, Tensor]
 
@@ -93,25 +94,36 @@ def load(name: str, device: torch.device, **sizes: int) -> Workload:
     Raises:
         ImportError: the models of transformers are not installed.
     """
+    size = size_set(device)
+    dtype = torch.bfloat16 if size == "gpu" else torch.float32
+    return build(name, device, dtype, **{**_SIZES[size][name], **_fewer(), **sizes})
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> Workload:
+    """Build a workload of any size, always with the same random weights.
+
+    Args:
+        name: one of `WORKLOADS`.
+        device: where it is made: a large model would be slow to make on a CPU.
+        dtype: of weights and images.
+        **sizes: what the function of that name takes.
+
+    Raises:
+        ImportError: the models of transformers are not installed.
+    """
     torch.manual_seed(0)
-    workload = WORKLOADS[name](**{**_SIZES[_size(device)][name], **_fewer(), **sizes})
-    dtype = torch.bfloat16 if _size(device) == "gpu" else torch.float32
-    workload.model.to(device, dtype).eval()
+    with device:
+        workload = WORKLOADS[name](**sizes)
+    workload.model.to(dtype).eval()
     for batch in workload.batches:
         for key, values in batch.items():
-            batch[key] = values.to(device, dtype if values.is_floating_point() else None)
+            batch[key] = values.to(dtype if values.is_floating_point() else None)
     if any(isinstance(module, nn.BatchNorm2d) for module in workload.model.modules()):
         _set_statistics(workload)
     workload.title += (
         f" B={workload.sizes['batch']} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
     )
     return workload
-
-
-def _size(device: torch.device) -> str:
-    if not full_size():
-        return "toy"
-    return "gpu" if device.type == "cuda" else "cpu"
 
 
 def _fewer() -> dict[str, int]:
@@ -262,13 +274,9 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "convnet": {"widths": [64, 64, 128, 128], "side": 32, "batch_size": 32, "batches": 16},
     },
     "gpu": {
-        # BERT-large, TinyLlama (1.1 B parameters), ResNet-50.
-        "bert": {"layers": 24, "hidden": 1024, "heads": 16, "vocab": 30522, "length": 128,
-                 "batch_size": 32, "batches": 8},
-        "llama": {"layers": 22, "hidden": 2048, "heads": 32, "intermediate": 5632, "vocab": 32000,
-                  "length": 512, "batch_size": 8, "batches": 8},
-        "resnet": {"layer": "bottleneck", "depths": [3, 4, 6, 3],
-                   "widths": [256, 512, 1024, 2048], "side": 224, "batch_size": 64, "batches": 4},
+        "bert": {**BERT_LARGE, "length": 128, "batch_size": 32, "batches": 8},
+        "llama": {**LLAMA_1B, "length": 512, "batch_size": 8, "batches": 8},
+        "resnet": {**RESNET_50, "side": 224, "batch_size": 64, "batches": 4},
         "convnet": {"widths": [64, 128, 128, 256], "side": 64, "batch_size": 128, "batches": 4},
     },
 }  # fmt: skip

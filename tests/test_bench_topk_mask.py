@@ -1,4 +1,4 @@
-"""The top-k benchmark runs from toy sizes on, and gives no figure for a wrong mask."""
+"""The top-k benchmark runs from toy sizes on, and gives no figure for a wrong selection."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,11 +28,22 @@ def _benchmark() -> Any:
     return SimpleNamespace(name="case", extra_info={}, pedantic=lambda run, **_: run())
 
 
-@pytest.mark.parametrize("contender", ["fishfast", "torch.topk"])
-def test_a_right_mask_gets_a_line(module: ModuleType, contender: str, capsys: Any) -> None:
+def _run(module: ModuleType, contender: str, values: str, **options: Any) -> dict[str, Any]:
     benchmark = _benchmark()
-    module.bench_top_k(benchmark, contender, "one bin", 0.005, 3, _CPU)
-    assert benchmark.extra_info["bytes"] == 4 * 2**16  # one read
+    problem = module.Problem(values, 2**16, num_tensors=3, **options)
+    module.bench_top_k(benchmark, contender, problem, _CPU)
+    return benchmark.extra_info
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("values", ["lognormal", "all equal", "mostly zero", "one bin"])
+@pytest.mark.parametrize("contender", ["fishfast", "torch.topk"])
+def test_a_right_selection_gets_a_line(
+    module: ModuleType, contender: str, values: str, dtype: torch.dtype, capsys: Any
+) -> None:
+    figures = _run(module, contender, values, dtype=dtype)
+    assert figures["bytes"] == dtype.itemsize * 2**16  # one read
+    assert figures["num_selected"] == int(0.005 * 2**16)
     assert "GB/s" in capsys.readouterr().out
 
 
@@ -40,16 +52,73 @@ def test_a_wrong_mask_gets_no_figure(
 ) -> None:
     """Right but for ties, which go to the highest index."""
 
-    def wrong(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
+    def wrong(scores: dict[str, torch.Tensor], k: int) -> ff.SparseMask:
         flipped = {name: score.flip(0) for name, score in reversed(scores.items())}
         mask = right(flipped, k=k)
-        return {n: (len(s) - 1 - mask[n]).flip(0) for n, s in scores.items()}
+        indices = {n: (len(s) - 1 - mask[n]).flip(0) for n, s in scores.items()}
+        return ff.SparseMask(indices, {n: tuple(s.shape) for n, s in scores.items()})
 
     right = ff.top_k_mask
     monkeypatch.setattr(ff, "top_k_mask", wrong)
     benchmark = _benchmark()
-    with pytest.raises(AssertionError):
-        module.bench_top_k(benchmark, "fishfast", "all equal", 0.005, 3, _CPU)
+    problem = module.Problem("all equal", 2**16, num_tensors=3)
+    with pytest.raises(AssertionError, match=r"^fishfast on all equal.* not what a stable sort"):
+        module.bench_top_k(benchmark, "fishfast", problem, _CPU)
     assert benchmark.extra_info == {}
     assert capsys.readouterr().out == ""
-    module.bench_top_k(benchmark, "fishfast", "lognormal", 0.005, 3, _CPU)  # no ties at the edge
+    assert _run(module, "fishfast", "lognormal")["median_us"] > 0  # no ties at the edge
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda found: torch.cat([found[1:], found[-1:]]), "not k different scores"),
+        (lambda found: torch.cat([found[1:], torch.tensor([0])]), "not the largest scores"),
+    ],
+    ids=["twice", "small"],
+)
+def test_a_wrong_baseline_gets_no_figure(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, spoil: Any, reason: str
+) -> None:
+    right = module._CONTENDERS["torch.topk"]
+    monkeypatch.setitem(
+        module._CONTENDERS, "torch.topk", lambda scores, k: spoil(right(scores, k).sort().values)
+    )
+    with pytest.raises(AssertionError, match=rf"^torch.topk on one bin.*{reason}"):
+        _run(module, "torch.topk", "one bin")
+
+
+def test_what_is_wrong_only_at_full_size_gets_no_figure(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = module._CONTENDERS["torch.topk"]
+
+    def wrong(scores: dict[str, torch.Tensor], k: int) -> torch.Tensor:
+        found = right(scores, k)
+        return found if sum(len(s) for s in scores.values()) <= 50_000 else found % 60_000
+
+    monkeypatch.setitem(module._CONTENDERS, "torch.topk", wrong)
+    with pytest.raises(AssertionError, match="^torch.topk on lognormal.* is wrong: not "):
+        _run(module, "torch.topk", "lognormal")
+
+
+def test_ties_are_free_to_a_baseline(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        module._CONTENDERS, "torch.topk", lambda scores, k: torch.arange(50_000).flip(0)[:k]
+    )
+    module._check("torch.topk", module.Problem("all equal", 2**16), _CPU)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cub_is_skipped_by_name(module: ModuleType) -> None:
+    with pytest.raises(pytest.skip.Exception, match="CUB DeviceTopK.* needs a GPU"):
+        _run(module, "CUB DeviceTopK", "lognormal")
+
+
+def test_memory_of_the_process_counts_what_torch_does_not_allocate(module: ModuleType) -> None:
+    size = 2**26
+    found = module.resident_beyond(lambda: np.ones(size, dtype=np.uint8))
+    if found is None:
+        pytest.skip("this system does not say what a process holds")
+    assert found == pytest.approx(size, abs=2**22)  # Linux counts pages in batches
+    assert module.resident_beyond(lambda: None) < 2**22

@@ -1,0 +1,158 @@
+"""What a masked training step must do: dense training, the gradient times the mask.
+
+Weights, moments and the mask are dense, fp32 and torch's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from fisher_models import Workload
+from torch import Tensor, nn
+from train_contenders import LEARNING_RATE, Training
+
+import fishfast as ff
+
+__all__ = ["Reference", "check", "train_reference"]
+
+_STEPS = 2  # LoRA's A has no gradient in the first one
+# Of the gradients' norm. fp32: sums of thousands of products in another order. bf16: a gradient,
+# and what it is computed from, are rounded to 2**-9 each.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-7}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Two steps of dense training on masked gradients.
+
+    Args:
+        mask: which weights train.
+        gradients: name -> the selected weights' gradients of the first step.
+        first_loss: before the first step.
+        loss: after the last.
+    """
+
+    mask: ff.SparseMask
+    gradients: dict[str, Tensor]
+    first_loss: float
+    loss: float
+
+
+def train_reference(workload: Workload, mask: ff.SparseMask) -> Reference:
+    """Train a model densely in fp32 masters on masked gradients.
+
+    Args:
+        workload: its model is trained.
+        mask: which weights train.
+    """
+    weights = dict(workload.model.named_parameters())
+    training = Training(workload.model, workload, list(weights.values()), None)
+    masters = {name: p.detach().float().clone() for name, p in weights.items()}
+    optimizer = torch.optim.AdamW(
+        masters.values(), lr=LEARNING_RATE, weight_decay=0.0, foreach=False
+    )
+    first_loss, gradients = training.evaluate(), {}
+    for step in range(_STEPS):
+        training.backward()
+        if step == 0:
+            gradients = {
+                name: _selected(weights[name].grad, indices)
+                for name, indices in mask.items()
+                if len(indices)
+            }
+        for name, p in weights.items():
+            keep = torch.zeros(p.shape, dtype=torch.bool, device=p.device)
+            if name in mask:
+                keep.view(-1)[mask[name].to(p.device).long()] = True
+            masters[name].grad = torch.where(keep, p.grad.float(), 0.0)
+        nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in weights.items():
+                p.grad = None
+                p.copy_(masters[name])
+    return Reference(mask, gradients, first_loss, training.evaluate())
+
+
+def _selected(values: Tensor, indices: Tensor) -> Tensor:
+    return values.detach().reshape(-1)[indices.to(values.device).long()].float()
+
+
+def check(
+    training: Training, weights: dict[str, nn.Parameter],
+    reference: Reference | None,
+) -> float | None:  # fmt: skip
+    """Refuse a training that does not train what it should.
+
+    Args:
+        training: has taken no step yet; afterwards it has taken two.
+        weights: of the model as it was before the contender changed it.
+        reference: of a masked training; None for full fine-tuning, and for adapters, whose base
+            must not change.
+
+    Returns:
+        The relative error of the gradients, of a masked training.
+
+    Raises:
+        AssertionError: gradients or the loss differ from the reference's, weights that do not train
+            change, or weights that do, do not.
+    """
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    trained = [(p, p.detach().clone()) for p in training.parameters]
+    error = None if reference is None else _check_gradients(training, weights, reference)
+    for _ in range(_STEPS):
+        training.step()
+    free = set() if reference is not None else {id(p) for p in training.parameters}
+    for name, p in weights.items():
+        changed = (p.detach() != before[name]).flatten()
+        if reference is not None and name in reference.mask:
+            changed[reference.mask[name].to(p.device).long()] = False
+        if id(p) not in free and changed.any():
+            raise AssertionError(
+                f"it changed {int(changed.sum())} weights of {name!r} that it does not train"
+            )
+    moved = any(bool((p != old).any()) for p, old in trained)
+    if training.optimizer is not None and not moved:
+        raise AssertionError("it trains nothing")
+    if reference is not None:
+        _check_loss(training, reference)
+    return error
+
+
+def _check_gradients(
+    training: Training, weights: dict[str, nn.Parameter], reference: Reference
+) -> float:
+    training.backward()
+    compact = dict(training.model.named_parameters())  # type: ignore[attr-defined]
+    difference = norm = 0.0
+    for name, right in reference.gradients.items():
+        if f"{name}_values" in compact:
+            grad = compact[f"{name}_values"].grad
+        else:
+            grad = _selected(weights[name].grad, reference.mask[name])
+        difference += float((grad - right).norm()) ** 2
+        norm += float(right.norm()) ** 2
+    for p in training.parameters:
+        p.grad = None
+    error, allowed = (difference / norm) ** 0.5, _TOLERANCE[training.workload.dtype]
+    if not error <= allowed:  # NaN too
+        raise AssertionError(
+            f"its gradients have a relative error of {error:.2e}, allowed {allowed:.2e}"
+        )
+    return error
+
+
+def _check_loss(training: Training, reference: Reference) -> None:
+    """Allow the loss's own rounding, and 1 % of what the steps changed.
+
+    Adam divides by the size of a gradient, so that rounding in the smallest ones turns steps round.
+    """
+    loss = training.evaluate()
+    rounding = 4 * torch.finfo(training.workload.dtype).eps * abs(reference.loss)
+    allowed = rounding + 0.01 * abs(reference.loss - reference.first_loss)
+    if not abs(loss - reference.loss) <= allowed:
+        raise AssertionError(
+            f"its loss is {loss:.6f} after {_STEPS} steps, dense training on masked "
+            f"gradients {reference.loss:.6f}, allowed {allowed:.1e} apart"
+        )
