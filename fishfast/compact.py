@@ -39,10 +39,13 @@ class Target:
     Args:
         owners: every (module, parameter name) that holds the weight; several when it is tied.
         indices: ascending flat indices of the selected weights, row-major.
+        name: the weight's in the model, for errors.
     """
 
-    def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor) -> None:
-        self.owners = owners
+    def __init__(
+        self, owners: list[tuple[nn.Module, str]], indices: Tensor, name: str = ""
+    ) -> None:
+        self.owners, self.name = owners, name
         # The compiled step reads them by address, so they are nobody else's to change.
         self.indices = indices.clone(memory_format=torch.contiguous_format)
         module, name = owners[0]
