@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -41,6 +42,16 @@ def require_not_negative(**options: float | Tensor) -> None:
             )
         if not float(value) >= 0:
             raise ValueError(f"{name} must be at least 0; got {value}")
+
+
+@functools.cache
+def _keep_out_of_compiled_graphs() -> None:
+    """Make a step one graph break of compiled code, which cannot trace tables of addresses.
+
+    Done when the first optimizer is made and not at import: it takes Dynamo, which loads for
+    seconds and which torch's optimizers load at that time, too.
+    """
+    SparseOptimizer._step = torch.compiler.disable(SparseOptimizer._step)  # type: ignore[method-assign]
 
 
 def _refuse_other_parameter(parameter: Tensor) -> None:
@@ -83,6 +94,7 @@ class SparseOptimizer(Optimizer, ABC):
                 "pass its .parameters()"
             )
         super().__init__(params, defaults)
+        _keep_out_of_compiled_graphs()
         for group in self.param_groups:
             for parameter in group["params"]:
                 _backend.choose(self._operation, parameter.device, backend)
@@ -90,6 +102,7 @@ class SparseOptimizer(Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, copy or load a state; an older one may lack options."""
         super().__setstate__(state)
+        _keep_out_of_compiled_graphs()
         if "_tables" not in self.__dict__:  # a copy, which starts without
             self._tables = Tables()
         self.__dict__.setdefault("_check_finite", False)
@@ -135,7 +148,6 @@ class SparseOptimizer(Optimizer, ABC):
             del self.param_groups[held:]
             raise
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, and write the result into the weights.
 
@@ -151,6 +163,10 @@ class SparseOptimizer(Optimizer, ABC):
                 changed.
             ValueError: a capturable step of parameters that left the GPU.
         """
+        return self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         refuse_retired(parameters_in_order(self))
         if is_capturing():
             self._refuse_capture()
