@@ -132,16 +132,11 @@ class SparseOptimizer(Optimizer, ABC):
         for name, reason in _UNSUPPORTED.items():
             if options.get(name):
                 raise ValueError(f"{name} must be False; got {options[name]}: {reason}")
-        if options["capturable"] and self._check_finite:
-            raise ValueError(
-                "check_finite must be False with capturable=True; got True: it looks at the "
-                "gradients on the host"
-            )
         super().add_param_group(param_group)
         try:
             for parameter in self.param_groups[-1]["params"]:
                 if options["capturable"]:
-                    refuse_devices(self._operation, parameter.device, self._backend)
+                    self._refuse_capturable(parameter.device)
                 if parameter.requires_grad:
                     _refuse_other_parameter(parameter)
         except (RuntimeError, ValueError):
@@ -150,6 +145,14 @@ class SparseOptimizer(Optimizer, ABC):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, and write the result into the weights.
+
+        With ``capturable=True`` in every group a CUDA graph can hold it, after one step like it
+        outside the capture. A replay reads gradients, masters, state, a tensor ``lr``,
+        ``found_inf`` and ``grad_scale`` where they were at the capture. It does not see, so capture
+        again after: another ``lr`` that is a number or on the CPU, or any other option; a weight
+        that was replaced or moved, or written to by hand (its masters would undo that; loading a
+        state dict into the model takes them along); a loaded optimizer state, a remask or a new
+        group.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -187,11 +190,11 @@ class SparseOptimizer(Optimizer, ABC):
                     update = Update(parameter, self.state[parameter], group)
                     kind = parameter.device, bool(group["capturable"])
                     updates.setdefault(kind, []).append(update)
-        for batch in updates.values() if self._check_finite else ():
-            refuse_not_finite(batch)
-        for device, capturable in updates:
+        for (device, capturable), batch in updates.items():
             if capturable:
-                refuse_devices(self._operation, device, self._backend)
+                self._refuse_capturable(device)
+            elif self._check_finite:
+                refuse_not_finite(batch)
         for (device, capturable), batch in updates.items():
             self._advance(batch)
             chosen = _backend.choose(self._operation, device, self._backend)
@@ -212,6 +215,14 @@ class SparseOptimizer(Optimizer, ABC):
                 if update.target is not None:
                     update.target.mark_seen()
         return loss
+
+    def _refuse_capturable(self, device: torch.device) -> None:
+        if self._check_finite:
+            raise ValueError(
+                "check_finite must be False with capturable=True; got True: it looks at the "
+                "gradients on the host"
+            )
+        refuse_devices(self._operation, device, self._backend)
 
     def _refuse_capture(self) -> None:
         for group in self.param_groups:
