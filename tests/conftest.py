@@ -20,7 +20,9 @@ GPU_REASON = "no CUDA device on this machine"
 LARGE_REASON = "takes gigabytes of memory; run with -m large"
 
 # The modules that assert for tests: their failures show the values too.
-pytest.register_assert_rewrite("fisher_checks", "stepping", "train_only_modules", "train_only_net")
+pytest.register_assert_rewrite(
+    "capturable_runs", "fisher_checks", "stepping", "train_only_modules", "train_only_net"
+)
 
 
 def pytest_report_header() -> list[str]:
@@ -77,7 +79,7 @@ def _simulated_where_asked_for(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("simulated")
 
 
-# --- for test_sparse_optimizer_simt.py and test_capturable_simt.py ---
+# --- for test_sparse_optimizer_simt.py and test_capturable_*.py ---
 
 
 @pytest.fixture(scope="session")
