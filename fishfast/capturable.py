@@ -66,7 +66,7 @@ def refuse_devices(operation: str, device: torch.device, backend: str) -> None:
 def place_step(update: Update, start: float = 0.0) -> None:
     """Put a parameter's step count where its kind of step reads it; make it if it is missing."""
     state = update.state
-    where = update.values.device if update.group["capturable"] else torch.device("cpu")
+    where = update.values.device if update.group["capturable"] else _CPU
     if "step" not in state:
         refuse_in_capture("a parameter got its first gradient")
         state["step"] = torch.full((), start, dtype=torch.float32, device=where)
@@ -103,7 +103,8 @@ class Tables:
 
     def __init__(self) -> None:
         self._present: dict[torch.device, _Table] = {}
-        # A graph has the addresses of these, so they live as long as the optimizer.
+        # A graph has the addresses of these, so they live as long as the optimizer, whatever takes
+        # their place there. The weights are the model's.
         self._captured: list[Any] = []
 
     def forget(self) -> None:
@@ -160,8 +161,9 @@ class Tables:
             chunks = chunk_table(counts, entries, device)
             present = self._present[device] = _Table(layout, content, rows, plans, chunks)
         if capturing:
-            state = [tensor for update in updates for tensor in update.state.values()]
-            self._captured.append((present, held, state))
+            held += [tensor for update in updates for tensor in update.state.values()]
+            held += [update.values.detach() for update in updates]
+            self._captured.append((present, held, [update.group["lr"] for update in updates]))
         else:
             present.used_on_present_stream()
         return present
