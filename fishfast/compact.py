@@ -39,13 +39,10 @@ class Target:
     Args:
         owners: every (module, parameter name) that holds the weight; several when it is tied.
         indices: ascending flat indices of the selected weights, row-major.
-        name: the weight's in the model, for errors.
     """
 
-    def __init__(
-        self, owners: list[tuple[nn.Module, str]], indices: Tensor, name: str = ""
-    ) -> None:
-        self.owners, self.name = owners, name
+    def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor) -> None:
+        self.owners = owners
         # The compiled step reads them by address, so they are nobody else's to change.
         self.indices = indices.clone(memory_format=torch.contiguous_format)
         module, name = owners[0]
@@ -53,6 +50,7 @@ class Target:
         self.retired = False  # by another mask: whoever still trains these values is told so
         self._seen: tuple[Tensor, int] | None = None  # the weight and its version at that time
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
+        self.name = ""  # the weight's in the model, for errors: set by who knows it
 
     def weight(self) -> Tensor:
         """Return the weight as the module holds it now.
