@@ -71,7 +71,7 @@ part_tests() {
   if [ -n "$arch" ]; then
     options+=(-m gpu)
   else
-    options+=(tests/test_sparse_{adam,sgd}_simt.py tests/test_topk_mask_cuda.py)
+    options+=(tests/test_{sparse_optimizer,capturable}_simt.py tests/test_topk_mask_cuda.py)
   fi
   "$python" -m pytest "${options[@]}" 2>&1 | tee "$work/tests.out"
   grep -qE '^=+ .*[1-9][0-9]* passed' "$work/tests.out" || { echo "no test ran"; exit 1; }
