@@ -10,6 +10,7 @@ save_delta(tuned, "task.safetensors")
 
 from fishfast._backend import build_info
 from fishfast.baseline_masks import bias_mask, magnitude_scores, random_mask
+from fishfast.checkpoints import apply_to_checkpoint, diff_checkpoints
 from fishfast.config import FishConfig
 from fishfast.delta import Delta, load_delta, save_delta
 from fishfast.fish_model import FishTuning, from_pretrained, get_fish_model
@@ -33,8 +34,10 @@ __all__ = [
     "Fisher",
     "SparseMask",
     "SparseTuning",
+    "apply_to_checkpoint",
     "bias_mask",
     "build_info",
+    "diff_checkpoints",
     "estimate_fisher",
     "from_pretrained",
     "get_fish_model",

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,9 +20,11 @@ from torch import Tensor
 __all__ = [
     "PathLike",
     "check_indices",
+    "make_folder",
     "raw_bytes",
     "read_checked",
     "refuse_damaged",
+    "replace_file",
     "write_atomically",
     "write_text_atomically",
 ]
@@ -48,7 +51,7 @@ def write_atomically(
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {**metadata, "sha256": _sha256(ready)}
-    _replace(path, lambda temporary: save_file(ready, temporary, described))
+    replace_file(path, lambda temporary: save_file(ready, temporary, described))
 
 
 def write_text_atomically(path: PathLike, text: str) -> None:
@@ -62,10 +65,20 @@ def write_text_atomically(path: PathLike, text: str) -> None:
         FileNotFoundError: the folder does not exist.
         ValueError: the target exists and is no regular file.
     """
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: PathLike, write: Callable[[Path], object]) -> None:
+def replace_file(path: PathLike, write: Callable[[Path], object]) -> None:
+    """Let a file be written beside its place, and put it there when it is whole and on the disk.
+
+    Args:
+        path: target; its folder must exist.
+        write: writes the file that it is given.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the target exists and is no regular file.
+    """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
@@ -83,6 +96,36 @@ def _replace(path: PathLike, write: Callable[[Path], object]) -> None:
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        raise
+    _fsync(target.parent, os.O_RDONLY)
+
+
+def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
+    """Let a folder be written beside its place, and put it there when it is whole and on the disk.
+
+    Args:
+        path: target; its parent must exist, itself not, unless it is empty.
+        write: writes into the folder that it is given.
+
+    Raises:
+        FileNotFoundError: the parent does not exist.
+        FileExistsError: the target is there and not an empty folder.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{os.fspath(path)!r} must not exist yet, or be an empty folder")
+    temporary = target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for place in sorted(temporary.rglob("*")):
+            _fsync(place, os.O_RDONLY)
+        _fsync(temporary, os.O_RDONLY)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync(target.parent, os.O_RDONLY)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fishfast._files import raw_bytes
 from fishfast.mask import SparseMask
 
-__all__ = ["BaseIdentity", "digest", "structure_of"]
+__all__ = ["BaseIdentity", "Digest", "structure_of"]
 
 # A masked tensor is copied to be zeroed where it is masked: piece by piece.
 _PIECE = 1 << 22
@@ -104,33 +104,38 @@ def structure_of(layout: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
     return _hash([(name, *layout[name]) for name in sorted(layout)])
 
 
-def digest(pieces: Iterable[Tensor], masked: Tensor | None = None) -> str:
-    """Return the SHA-256 of a tensor's bytes in row-major order, masked entries as zeros.
+class Digest:
+    """SHA-256 of a tensor's bytes in row-major order, masked entries as zeros, piece by piece.
 
     Args:
-        pieces: the tensor, flat, on the CPU, cut at any places; not changed.
         masked: ascending flat indices of the masked entries.
-
-    Returns:
-        The hash in hexadecimal digits.
     """
-    sha, start = hashlib.sha256(), 0
-    for piece in pieces:
-        if masked is not None and len(masked):
-            bounds = torch.tensor([start, start + len(piece)], dtype=masked.dtype)
-            begin, end = torch.searchsorted(masked, bounds).tolist()
-            piece = piece.index_fill(0, masked[begin:end].long() - start, 0)
-        start += len(piece)
-        sha.update(raw_bytes(piece))
-    return sha.hexdigest()
+
+    def __init__(self, masked: Tensor | None = None) -> None:
+        self._sha, self._masked, self._start = hashlib.sha256(), masked, 0
+
+    def update(self, piece: Tensor) -> None:
+        """Take the next elements: flat, on the CPU; they are not changed."""
+        if self._masked is not None and len(self._masked):
+            bounds = torch.tensor([self._start, self._start + len(piece)], dtype=self._masked.dtype)
+            begin, end = torch.searchsorted(self._masked, bounds).tolist()
+            piece = piece.index_fill(0, self._masked[begin:end].long() - self._start, 0)
+        self._start += len(piece)
+        self._sha.update(raw_bytes(piece))
+
+    def hexdigest(self) -> str:
+        """Return the hash of what came so far."""
+        return self._sha.hexdigest()
 
 
 def _digest(tensor: Tensor, masked: Tensor | None) -> str:
     if tensor.layout == torch.sparse_coo:  # such as a graph's adjacency
         parts = tensor.detach().coalesce()
         return _hash([_digest(parts.indices(), None), _digest(parts.values(), None)])
-    flat = tensor.detach().cpu().reshape(-1)
-    return digest(flat.split(_PIECE), None if masked is None else masked.cpu())
+    found = Digest(None if masked is None else masked.cpu())
+    for piece in tensor.detach().cpu().reshape(-1).split(_PIECE):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def _hash(value: Any) -> str:

@@ -17,7 +17,7 @@ from fishfast.compact import Target, compact_parameters
 from fishfast.mask import SparseMask, shapes_from_json
 from fishfast.tuning import SparseTuning
 
-__all__ = ["Delta", "load_delta", "save_delta"]
+__all__ = ["Delta", "load_delta", "refuse_non_finite", "save_delta"]
 
 _FORMAT, _VERSION = "fishfast.delta", 2
 _INDICES, _VALUES, _BUFFER = "indices/", "values/", "buffer/"
@@ -59,7 +59,7 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> int:
     now = tuned.identify()
     for name, parameter in compact_parameters(model):
         weights = parameter.target.gather()
-        _refuse_non_finite(name, parameter, "the trained model")  # NaN would not equal itself
+        refuse_non_finite(name, parameter, "the trained model")  # NaN would not equal itself
         if not torch.equal(parameter.detach().to(weights.dtype), weights):
             raise RuntimeError(
                 f"the values of {name!r} were not written into the weights; call "
@@ -69,7 +69,7 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> int:
     buffers = dict(model.named_buffers(remove_duplicate=False))
     changed = [name for name, digest in now.buffers.items() if digest != tuned.base.buffers[name]]
     for name, tensor in {**values, **{name: buffers[name] for name in changed}}.items():
-        _refuse_non_finite(name, tensor, "the trained model")
+        refuse_non_finite(name, tensor, "the trained model")
     others = sorted({*tuned.base.weights, *tuned.base.buffers} - {*mask, *(tuned.base.ties or {})})
     Delta(
         mask, values, {name: buffers[name].clone() for name in changed},  # buffers may overlap
@@ -123,7 +123,7 @@ def load_delta(path: PathLike) -> Delta:
                 f"{name!r}"
             )
     for name, tensor in {**values, **parts[_BUFFER]}.items():
-        _refuse_non_finite(name, tensor, source)
+        refuse_non_finite(name, tensor, source)
     try:
         mask = SparseMask(indices, shapes)
     except ValueError as error:
@@ -261,20 +261,34 @@ class Delta:
         Raises:
             ValueError: names, shapes, dtypes, ties, weights or buffers differ.
         """
-        layout = "names, shapes, dtypes or ties"
-        checks = [
-            (layout, self.base_structure, found.structure),
-            ("weights or buffers", self.base_content, found.content(self.buffers)),
-        ]
-        if self.base_ties is not None and found.ties is not None:
-            checks.insert(1, (layout, str(self.base_ties), str(found.ties)))
-        for what, expected, got in checks:
-            if expected != got:
-                raise ValueError(
-                    f"the delta was trained from another base model: its {what} differ (base "
-                    f"{expected[:12]}, this model {got[:12]}); load the base that it was trained "
-                    "from, revert what was put on it, or pass check_base=False"
-                )
+        self.refuse_other_structure(found.structure, found.ties)
+        self.refuse_other_content(found)
+
+    def refuse_other_structure(self, structure: str, ties: Mapping[str, str] | None = None) -> None:
+        """Refuse a model of other names, shapes or dtypes.
+
+        Args:
+            structure: the hash of the model's.
+            ties: its ties, where they are known.
+
+        Raises:
+            ValueError: they differ from the base's.
+        """
+        what = "names, shapes, dtypes or ties"
+        _refuse_other(what, self.base_structure, structure)
+        if self.base_ties is not None and ties is not None:
+            _refuse_other(what, str(sorted(self.base_ties.items())), str(sorted(ties.items())))
+
+    def refuse_other_content(self, found: BaseIdentity) -> None:
+        """Refuse a model of other weights or buffers.
+
+        Args:
+            found: its hashes, taken with this delta's mask.
+
+        Raises:
+            ValueError: what the delta does not replace differs from the base's.
+        """
+        _refuse_other("weights or buffers", self.base_content, found.content(self.buffers))
 
     def _places(self, model: nn.Module) -> tuple[dict[str, Target], dict[str, Tensor]]:
         """Where everything goes; refuses a model that it does not fit."""
@@ -326,11 +340,19 @@ def _write(
         parameter.refresh_()  # a model in training goes on from the new weights
 
 
+def _refuse_other(what: str, expected: str, got: str) -> None:
+    if expected != got:
+        raise ValueError(
+            f"the delta was trained from another base model: its {what} differ (base "
+            f"{expected[:12]}, this model {got[:12]}); load the base that it was trained "
+            "from, revert what was put on it, or pass check_base=False"
+        )
+
+
 def _check_base_names(ties: Any, others: Any) -> None:
     """Raise TypeError where a file's header has something else; it may say anything."""
-    names = [*others, *(ties.items() if ties is not None else ())]
-    if not isinstance(others, list) or not all(isinstance(name, (str, tuple)) for name in names):
-        raise TypeError("base_ties or base_others are no names")
+    if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+        raise TypeError("base_others are no names")
     if ties is not None and not all(isinstance(name, str) for name in ties.values()):
         raise TypeError("base_ties are no names")
 
@@ -343,6 +365,20 @@ def _refuse_changed(name: str, now: Tensor, applied: Tensor) -> None:
         )
 
 
-def _refuse_non_finite(name: str, tensor: Tensor, source: str) -> None:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+def refuse_non_finite(name: str, tensor: Tensor, source: str) -> None:
+    """Refuse values that a delta cannot hold.
+
+    Args:
+        name: the weight's or buffer's.
+        tensor: its values.
+        source: where they are, for the message.
+
+    Raises:
+        ValueError: a NaN or infinity.
+    """
+    if not tensor.is_floating_point():
+        return
+    if tensor.element_size() == 1:  # torch has no isfinite for 8-bit floats
+        tensor = tensor.float()
+    if not torch.isfinite(tensor).all():
         raise ValueError(f"values must be finite; {name!r} in {source} has NaN or infinity")

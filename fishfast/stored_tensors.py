@@ -30,7 +30,7 @@ DTYPES: dict[str, torch.dtype] = {
     )
     if hasattr(torch, name)
 }  # fmt: skip
-_PIECE_BYTES = 1 << 24
+_PIECE_BYTES = 1 << 22
 
 
 class StoredTensor:
@@ -61,11 +61,17 @@ class StoredTensor:
         return self.numel() * self.dtype.itemsize
 
     def pieces(self) -> Iterator[Tensor]:
-        """Read the elements in order, flat, at most 16 MiB of them at a time."""
-        for start in range(0, self.numel(), step := _PIECE_BYTES // self.dtype.itemsize):
-            flat = torch.empty(min(step, self.numel() - start), dtype=self.dtype, device="cpu")
-            self.read_into(flat, start)
-            yield flat
+        """Read the elements in order, flat, at most 4 MiB of them at a time.
+
+        Each piece may be written to, and is overwritten by the next one: new memory for each would
+        leave holes between what a caller keeps, as many as a large tensor has pieces.
+        """
+        step = _PIECE_BYTES // self.dtype.itemsize
+        buffer = torch.empty(min(step, self.numel()), dtype=self.dtype, device="cpu")
+        for start in range(0, self.numel(), step):
+            piece = buffer[: self.numel() - start]
+            self.read_into(piece, start)
+            yield piece
 
     def read(self) -> Tensor:
         """Read all of it."""
