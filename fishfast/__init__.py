@@ -15,6 +15,7 @@ from fishfast.config import FishConfig
 from fishfast.delta import Delta, load_delta, save_delta
 from fishfast.fish_model import FishTuning, from_pretrained, get_fish_model
 from fishfast.fisher import Fisher, estimate_fisher
+from fishfast.inspection import inspect_file
 from fishfast.mask import SparseMask
 from fishfast.sparse_adam import Adam, AdamW
 from fishfast.sparse_sgd import SGD
@@ -41,6 +42,7 @@ __all__ = [
     "estimate_fisher",
     "from_pretrained",
     "get_fish_model",
+    "inspect_file",
     "load_delta",
     "magnitude_scores",
     "open_scores",

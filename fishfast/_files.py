@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = [
+    "Checksum",
     "PathLike",
+    "check_format",
     "check_indices",
     "make_folder",
     "raw_bytes",
@@ -130,13 +132,34 @@ def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
     _fsync(target.parent, os.O_RDONLY)
 
 
+class Checksum:
+    """SHA-256 of names and bytes, so that one flipped bit or a missing tensor is noticed.
+
+    Tensors come in the order of their names, each one first by `begin`, then by its data.
+    """
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def begin(self, name: str, dtype: torch.dtype, shape: Iterable[int]) -> None:
+        """Take the next tensor's name, dtype and shape."""
+        self._sha.update(json.dumps([name, str(dtype), list(shape)]).encode())
+
+    def update(self, piece: Tensor) -> None:
+        """Take the next elements of that tensor, on the CPU."""
+        self._sha.update(raw_bytes(piece))
+
+    def hexdigest(self) -> str:
+        """Return the hash of what came so far."""
+        return self._sha.hexdigest()
+
+
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names and bytes, so that one flipped bit or a missing tensor is noticed."""
-    digest = hashlib.sha256()
+    checksum = Checksum()
     for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
+        checksum.begin(name, tensor.dtype, tensor.shape)
+        checksum.update(tensor)
+    return checksum.hexdigest()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -177,19 +200,33 @@ def read_checked(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != kind:
-                raise ValueError(
-                    f"{os.fspath(path)!r} must be a {kind} file; its format is "
-                    f"{metadata.get('format')!r}"
-                )
-            if metadata.get("format_version") != str(version):
-                raise ValueError(
-                    f"{os.fspath(path)!r} has format_version {metadata.get('format_version')!r}; "
-                    f"this fishfast reads version {version}; upgrade fishfast or save it again"
-                )
+            check_format(path, metadata, kind, version)
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+
+
+def check_format(path: PathLike, metadata: Mapping[str, str], kind: str, version: int) -> None:
+    """Refuse another kind of file, or another version.
+
+    Args:
+        path: the file, for the message.
+        metadata: its metadata.
+        kind: what its ``format`` must be.
+        version: what its ``format_version`` must be.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if metadata.get("format") != kind:
+        raise ValueError(
+            f"{os.fspath(path)!r} must be a {kind} file; its format is {metadata.get('format')!r}"
+        )
+    if metadata.get("format_version") != str(version):
+        raise ValueError(
+            f"{os.fspath(path)!r} has format_version {metadata.get('format_version')!r}; "
+            f"this fishfast reads version {version}; upgrade fishfast or save it again"
+        )
 
 
 def refuse_damaged(

@@ -61,10 +61,13 @@ class StoredTensor:
         return self.numel() * self.dtype.itemsize
 
     def pieces(self) -> Iterator[Tensor]:
-        """Read the elements in order, flat, at most 4 MiB of them at a time.
+        """Read the elements in order, flat.
 
         Each piece may be written to, and is overwritten by the next one: new memory for each would
         leave holes between what a caller keeps, as many as a large tensor has pieces.
+
+        Yields:
+            At most 4 MiB of elements.
         """
         step = _PIECE_BYTES // self.dtype.itemsize
         buffer = torch.empty(min(step, self.numel()), dtype=self.dtype, device="cpu")
