@@ -118,7 +118,9 @@ def _draw(found: Inspection, png: Path) -> None:
             else f"{Path(found.path).name}: {facts['num_selected']:,} of {facts['num_params']:,} "
             "weights selected"
         ),
-        label="mean score per sample" if of_scores else "density: selected weights in % of the tensor",
+        label="mean score per sample"
+        if of_scores
+        else "density: selected weights in % of the tensor",
         overall=overall,
     )
     save_png(figure, png)
