@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLUE",
-    "COLORS",
+    "GREEN",
     "GREY",
     "ORANGE",
+    "PURPLE",
+    "VERMILION",
     "PlottingUnavailable",
     "draw_layers",
     "new_figure",
@@ -27,10 +29,7 @@ __all__ = [
 ]
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
-BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
-)  # fmt: skip
-COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+BLUE, ORANGE, GREEN, PURPLE, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 GREY = "#666666"
 # More parameters than this get no name each.
 _MAX_NAMED = 48

@@ -175,7 +175,7 @@ def test_missing_scikit_learn_says_what_to_install(monkeypatch: pytest.MonkeyPat
         (["--seeds", "0"], "0 is not in the range x>=1"),
         (["--epochs", "-3"], "-3 is not in the range x>=1"),
         (["--epochs", "many"], "'many' is not a valid integer range"),
-        (["--choose-lr", "--seeds", "2"], "drop --seeds and --out"),
+        (["--choose-lr", "--seeds", "2"], "drop --seeds and --out and --png"),
         (["--out", __file__], "is a file"),
         (["--colour"], "No such option"),
     ],
