@@ -15,7 +15,7 @@ __all__ = ["apply", "diff"]
 _DENSE = 0.1
 
 
-@click.command()
+@click.command(short_help="Put a delta on a checkpoint on disk.")
 @click.argument("base", type=PATH)
 @click.argument("delta", type=FILE)
 @click.option("-o", "--out", type=PATH, required=True, help="The new checkpoint, like BASE.")
@@ -24,13 +24,12 @@ _DENSE = 0.1
 )
 @PROGRESS
 def apply(base: Path, delta: Path, out: Path, no_check_base: bool, progress: bool | None) -> None:
-    r"""Write the checkpoint that BASE and DELTA give, bit for bit.
+    """Write the checkpoint that BASE and DELTA give, bit for bit.
 
     BASE is a safetensors file, or a folder of a transformers model, in shards or not; OUT is the
     same again, with the other files of the folder (config, tokenizer). Tensors pass through
     one piece at a time: a model larger than memory is fine. BASE is hashed on the way, and any but
     the one that DELTA was trained from is refused; OUT appears when it is whole.
-    \f
     """
     with clean_errors():
         done = ff.apply_to_checkpoint(
@@ -50,7 +49,7 @@ def apply(base: Path, delta: Path, out: Path, no_check_base: bool, progress: boo
             click.echo(f"{what}: {', '.join(names[:5])}{more}")
 
 
-@click.command()
+@click.command(short_help="Make a delta of two checkpoints on disk.")
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
 @click.option("-o", "--out", type=FILE, required=True, metavar="DELTA", help="The new delta.")
@@ -72,12 +71,11 @@ def diff(
     allow_large: bool,
     progress: bool | None,
 ) -> None:
-    r"""Write as a delta what differs between two checkpoints, bit for bit.
+    """Write as a delta what differs between two checkpoints, bit for bit.
 
     BASE and TUNED are safetensors files or folders with the same names, shapes and dtypes, read one
     piece at a time. The delta is one for `fishfast apply` and for fishfast.load_delta. An entry
     differs when one bit does: 0.0 and -0.0 too.
-    \f
     """
     with clean_errors():
         delta = ff.diff_checkpoints(

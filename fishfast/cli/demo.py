@@ -21,7 +21,7 @@ __all__ = ["demo"]
 _AT_LEAST_ONE = click.IntRange(min=1)
 
 
-@click.command()
+@click.command(short_help="Compare FISH masks with others on real data.")
 @click.option("--seeds", type=_AT_LEAST_ONE, metavar="N", help="How many seeds.  [default: 5]")
 @click.option(
     "--epochs", type=_AT_LEAST_ONE, metavar="N", help="Passes over the 50 images.  [default: 40]"
@@ -52,14 +52,9 @@ def demo(
     smoke: bool,
     choose_lr: bool,
 ) -> None:
-    r"""Compare FISH masks with other ways to train few weights, on handwritten digits.
+    """Compare FISH masks with other ways to train few weights, on handwritten digits.
 
     Nothing is downloaded; about a minute on an idle core.
-    \f
-
-    Raises:
-        UsageError: options that exclude each other.
-        ClickException: the demo cannot run, or a delta did not survive its reload.
     """
     from fishfast import demo as room
 

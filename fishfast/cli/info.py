@@ -17,10 +17,16 @@ from fishfast.cli.common import JSON
 
 __all__ = ["info"]
 
+_ROADS = {
+    "cpu": "cpu (compiled C++)",
+    "cuda": "cuda (compiled kernels)",
+    "triton": "triton",
+    "torch": "torch",
+}
 _OPTIONAL = ("transformers", "datasets", "matplotlib", "scikit-learn")
 
 
-@click.command()
+@click.command(short_help="Say what is installed and what runs here.")
 @JSON
 def info(as_json: bool) -> None:
     """Say what is installed, what runs each operation, and why something is off."""
@@ -31,7 +37,9 @@ def info(as_json: bool) -> None:
     rows = [(name, text) for name, text in facts["versions"].items()]
     rows += [("GPU", name) for name in facts["gpus"]] or [("GPU", "none")]
     click.echo(tabulate(rows, tablefmt="plain", disable_numparse=True) + "\n")
-    operations = [(name, on["cpu"], on["cuda"]) for name, on in facts["operations"].items()]
+    operations = [
+        (name, _ROADS[on["cpu"]], _ROADS[on["cuda"]]) for name, on in facts["operations"].items()
+    ]
     click.echo(tabulate(operations, headers=("operation", "on the CPU", "on a GPU")))
     if facts["unavailable"]:
         off = [(f"{name} is off:", why) for name, why in facts["unavailable"].items()]
@@ -46,7 +54,7 @@ def describe() -> dict[str, Any]:
         "fishfast": f"{built['version']} in {Path(ff.__file__).parent}",
         "extension": extension,
         "compiler": built["compiler"] or "none",
-        "nvcc": f"{built['nvcc']} for sm_{built['cuda_archs']}" if built["nvcc"] else "none",
+        "nvcc": f"{built['nvcc']} for {built['cuda_archs']}" if built["nvcc"] else "none",
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "torch's CUDA": torch.version.cuda or "none: a CPU build",

@@ -16,7 +16,7 @@ from fishfast.plots import draw_layers, save_png
 __all__ = ["inspect"]
 
 
-@click.command()
+@click.command(short_help="Say what a mask, a delta or scores hold.")
 @click.argument("file", type=FILE)
 @click.option(
     "--top",
@@ -27,10 +27,9 @@ __all__ = ["inspect"]
 @click.option("--png", type=FILE, metavar="OUT.PNG", help="Draw it, layer by layer.")
 @JSON
 def inspect(file: Path, top: int | None, png: Path | None, as_json: bool) -> None:
-    r"""Say what a mask, a delta or a file of scores holds, layer by layer.
+    """Say what a mask, a delta or a file of scores holds, layer by layer.
 
     FILE is checked like any that fishfast loads: a damaged or foreign one is an error.
-    \f
     """
     with clean_errors():
         found = inspect_file(file)
@@ -63,10 +62,11 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     rows.append(("weights", f"{share} in {touched} of {len(found.layers)} tensors"))
     if found.kind == "delta":
         dense = facts["dense_bytes"]
+        share = 100 * found.file_bytes / max(1, dense)
         rows += [
             ("dtypes", ", ".join(facts["dtypes"]) or "none"),
             ("buffers", f"{len(facts['buffers'])}"),
-            ("size", f"{100 * found.file_bytes / max(1, dense):.3g} % of the weights' {dense:,}"),
+            ("size", f"{share:.3g} % of the {dense:,} bytes of all weights"),
             ("base", f"structure {facts['base_structure']}"),
             ("", f"content {facts['base_content']}"),
         ]

@@ -17,11 +17,16 @@ from fishfast.model_folders import LoadedModel, load_model, load_rows, make_batc
 
 __all__ = ["score"]
 
+# The first character keeps click from wrapping it.
+_EXAMPLE = """\b
+Example:
+  fishfast score bert/ train.jsonl -o fisher.safetensors --num-samples 256 \\
+      --mask mask.safetensors --density 0.005 --keep classifier"""
 _COUNT = click.IntRange(min=1)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@click.command()
+@click.command(short_help="Score every weight of a model on data.", epilog=_EXAMPLE)
 @click.argument("model", type=PATH)
 @click.argument("data", type=PATH)
 @click.option("-o", "--out", type=FILE, required=True, help="The file of scores.")
@@ -91,19 +96,11 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--exclude", multiple=True, metavar="NAME", help="One that never is.")
 @click.option("--progress/--no-progress", default=True, show_default=True)
 def score(model: Path, data: Path, out: Path, **options: Any) -> None:
-    r"""Score every weight of MODEL on DATA: the Fisher information, sample by sample.
+    """Score every weight of MODEL on DATA: the Fisher information, sample by sample.
 
     MODEL is the folder of a transformers model: for sequence classification, a causal language
     model, or an encoder-decoder. DATA is a folder of the library datasets (save_to_disk), or a file
     .jsonl, .json, .csv, .parquet or .txt. Everything is read from this machine.
-
-    \b
-    fishfast score bert/ train.jsonl -o fisher.safetensors --num-samples 256 \
-        --mask mask.safetensors --density 0.005 --keep classifier
-    \f
-
-    Raises:
-        UsageError: options that need each other.
     """
     if (options["mask"] is None) != (options["density"] is None):
         raise click.UsageError("--mask and --density go together; give both or neither")

@@ -68,8 +68,9 @@ def _accuracy(runs: Runs) -> Figure:
         axes.axhline(mean, color=color, linestyle="--", linewidth=1.2)
         axes.axhspan(mean - spread, mean + spread, color=color, alpha=0.08, linewidth=0)
         axes.annotate(
-            f"{name} ({share:.2g} %)", (0.995, mean), (0, 3), color=color, ha="right", va="bottom",
-            xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8,
+            f"{name} ({round(share, 2):g} %)", (0.995, mean), (0, 3), color=color,
+            ha="right", va="bottom", xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points", fontsize=8,
         )  # fmt: skip
     for kind, marker, beside in (("FISH", "o", 0.97), ("random", "s", 1.03)):
         names = [name for name in runs if _family(name)[0] == kind]
