@@ -289,6 +289,11 @@ def test_what_only_the_delta_has_is_added_and_what_only_the_base_has_is_kept(
         "head.weight", "head.bias", "norm.running_mean", "norm.num_batches_tracked",
     }  # fmt: skip
     assert done.unknown == ("cls.weight",)
+    header, _ = take_apart(tmp_path / "out")
+    sizes = {"BF16": 2, "I64": 8}
+    entries = [entry for name, entry in header.items() if name != "__metadata__"]
+    assert {entry["dtype"] for entry in entries} == set(sizes)
+    assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for entry in entries)
     assert done.num_tensors == len(expected)
     assert done.nbytes == sum(t.nbytes for t in expected.values())
 
@@ -306,11 +311,11 @@ WRONG_BASES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "one weight": (unmasked, "another base model: its weights or buffers differ"),
     "a layer missing": (
         lambda t: [t.pop("conv.weight"), t.pop("norm.bias")],
-        r"'conv.weight', 'norm.bias' of its model are not in '.*base'$",
+        r"'conv.weight', 'norm.bias' of its model are not in '.*base'; weights that",
     ),
     "another prefix": (
         lambda t: t.update({"m.conv.weight": t.pop("conv.weight")}),
-        r"'conv.weight' of its model is not in '.*base', which has 'm.conv.weight' instead$",
+        r"'conv.weight' of its model is not in '.*base', which has 'm.conv.weight' instead; ",
     ),
     "another shape": (
         lambda t: t.update({"conv.weight": t["conv.weight"].view(-1)}),

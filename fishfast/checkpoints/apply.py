@@ -163,6 +163,7 @@ class _Plan:
                 f"the delta must fit the base; {_some(lacking)} of its model "
                 f"{_are(lacking)} not in {str(checkpoint.path)!r}"
                 + (f", which has {_some(self.unknown)} instead" if self.unknown else "")
+                + "; weights that were new in training must be in the mask as a whole (keep=)"
             )
         if misfits := list(self._misfits()):
             raise ValueError(f"the delta must fit the base; {'; '.join(misfits[:3])}")

@@ -39,8 +39,8 @@ def write_tensors(path: Path, entries: list[Entry], metadata: dict[str, str]) ->
 
     Args:
         path: the file, overwritten.
-        entries: the tensors in the order of the data. Each must start at a multiple of its item's
-            size to be readable: largest items first is always right.
+        entries: the tensors in the order of the data. Largest items first aligns all of them, which
+            readers that map the file into memory need.
         metadata: the header's own entries; none of them, no such part.
 
     Raises:
