@@ -13,7 +13,8 @@ import torch
 import fishfast as ff
 from fishfast._names import split_by_rule
 from fishfast.cli.common import FILE, PATH, clean_errors
-from fishfast.model_folders import LoadedModel, load_model, load_rows, make_batches
+from fishfast.model_folders import LoadedModel, load_model, load_rows
+from fishfast.text_batches import make_batches
 
 __all__ = ["score"]
 
