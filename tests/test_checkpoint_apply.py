@@ -187,3 +187,33 @@ def test_a_delta_of_a_tie_that_is_none_of_the_base(path: Path, tmp_path: Path) -
     ff.apply_to_checkpoint(tmp_path / "base", path, tmp_path / "out")  # a file knows no ties
     with pytest.raises(ValueError, match="names, shapes, dtypes or ties differ"):
         ff.load_delta(path).apply_(Net())
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["buffers stay", "buffers change"])
+@pytest.mark.parametrize("both", [False, True], ids=["first name", "both names"])
+def test_a_module_that_is_used_twice(training: bool, both: bool, tmp_path: Path) -> None:
+    """Its parameters and buffers have two names each, of which a checkpoint has one or both."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        model.append(model[1])
+        return model.train(training)
+
+    model = make()
+    tuned = ff.train_only(model, ff.random_mask(model, density=0.3, seed=0))
+    optimizer = ff.AdamW(tuned.parameters(), lr=0.1)
+    model(torch.randn(6, 4)).square().sum().backward()
+    optimizer.step()
+    ff.save_delta(tuned, tmp_path / "delta")
+    assert bool(ff.load_delta(tmp_path / "delta").buffers) == training
+
+    def stored(model: nn.Module) -> Tensors:
+        state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        return {name: t for name, t in state.items() if both or not name.startswith("2.")}
+
+    save_file(stored(make()), tmp_path / "base")
+    done = ff.apply_to_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "out")
+    assert_same_file(tmp_path / "out", stored(tuned.release()))
+    assert not done.unknown
+    assert not done.created

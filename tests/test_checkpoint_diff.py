@@ -244,9 +244,9 @@ print(memory("VmHWM") - before)
 
 
 def test_peak_memory_is_some_pieces(tmp_path: Path) -> None:
-    """A checkpoint of 120 MB, one tensor of 100: far from either in memory."""
-    base = {"large": torch.arange(25_000_000, dtype=torch.int32).view(torch.float32),
-            "more": torch.ones(5_000_000)}  # fmt: skip
+    """A checkpoint of 72 MB, one tensor of 64: far from either in memory."""
+    base = {"large": torch.arange(16_000_000, dtype=torch.int32).view(torch.float32),
+            "more": torch.ones(2_000_000)}  # fmt: skip
     save_file({"w": torch.zeros(1000)}, tmp_path / "small")
     save_file(base, tmp_path / "base")
     base["large"][::500] += 1
