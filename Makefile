@@ -1,5 +1,5 @@
 # One command each: makes .venv, installs torch and fishfast with its extension, and runs.
-#   make demo                            the demo on real data
+#   make demo                            the demo on real data, with pictures in demo-pictures/
 #   make test                            all tests
 #   make test TORCH=torch==2.13.0        with another torch (a CPU build, where your index has one)
 TORCH ?= torch
@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 .PHONY: demo test doctest lint bench mutants clean
 
 demo: $(VENV)/installed
-	$(RUN) -m fishfast demo
+	$(RUN) -m fishfast demo --png demo-pictures
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
@@ -56,4 +56,4 @@ $(VENV)/lint: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info fishfast/*.so bench/out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info fishfast/*.so bench/out demo-pictures .pytest_cache .mypy_cache .ruff_cache

@@ -10,10 +10,12 @@ save_delta(tuned, "task.safetensors")
 
 from fishfast._backend import build_info
 from fishfast.baseline_masks import bias_mask, magnitude_scores, random_mask
+from fishfast.checkpoints import apply_to_checkpoint, diff_checkpoints
 from fishfast.config import FishConfig
 from fishfast.delta import Delta, load_delta, save_delta
 from fishfast.fish_model import FishTuning, from_pretrained, get_fish_model
 from fishfast.fisher import Fisher, estimate_fisher
+from fishfast.inspection import inspect_file
 from fishfast.mask import SparseMask
 from fishfast.sparse_adam import Adam, AdamW
 from fishfast.sparse_sgd import SGD
@@ -33,11 +35,14 @@ __all__ = [
     "Fisher",
     "SparseMask",
     "SparseTuning",
+    "apply_to_checkpoint",
     "bias_mask",
     "build_info",
+    "diff_checkpoints",
     "estimate_fisher",
     "from_pretrained",
     "get_fish_model",
+    "inspect_file",
     "load_delta",
     "magnitude_scores",
     "open_scores",

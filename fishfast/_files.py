@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,11 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = [
+    "Checksum",
     "PathLike",
+    "check_format",
     "check_indices",
+    "make_folder",
     "raw_bytes",
     "read_checked",
     "refuse_damaged",
+    "replace_file",
     "write_atomically",
     "write_text_atomically",
 ]
@@ -48,7 +53,7 @@ def write_atomically(
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {**metadata, "sha256": _sha256(ready)}
-    _replace(path, lambda temporary: save_file(ready, temporary, described))
+    replace_file(path, lambda temporary: save_file(ready, temporary, described))
 
 
 def write_text_atomically(path: PathLike, text: str) -> None:
@@ -62,10 +67,20 @@ def write_text_atomically(path: PathLike, text: str) -> None:
         FileNotFoundError: the folder does not exist.
         ValueError: the target exists and is no regular file.
     """
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: PathLike, write: Callable[[Path], object]) -> None:
+def replace_file(path: PathLike, write: Callable[[Path], object]) -> None:
+    """Let a file be written beside its place, and put it there when it is whole and on the disk.
+
+    Args:
+        path: target; its folder must exist.
+        write: writes the file that it is given.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the target exists and is no regular file.
+    """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
@@ -87,13 +102,64 @@ def _replace(path: PathLike, write: Callable[[Path], object]) -> None:
     _fsync(target.parent, os.O_RDONLY)
 
 
+def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
+    """Let a folder be written beside its place, and put it there when it is whole and on the disk.
+
+    Args:
+        path: target; its parent must exist, itself not, unless it is empty.
+        write: writes into the folder that it is given.
+
+    Raises:
+        FileNotFoundError: the parent does not exist.
+        FileExistsError: the target is there and not an empty folder.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{os.fspath(path)!r} must not exist yet, or be an empty folder")
+    temporary = target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for place in sorted(temporary.rglob("*")):
+            _fsync(place, os.O_RDONLY)
+        _fsync(temporary, os.O_RDONLY)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync(target.parent, os.O_RDONLY)
+
+
+class Checksum:
+    """SHA-256 of names and bytes, so that one flipped bit or a missing tensor is noticed.
+
+    Tensors come in the order of their names, each one first by `begin`, then by its data.
+    """
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def begin(self, name: str, dtype: torch.dtype, shape: Iterable[int]) -> None:
+        """Take the next tensor's name, dtype and shape."""
+        self._sha.update(json.dumps([name, str(dtype), list(shape)]).encode())
+
+    def update(self, piece: Tensor) -> None:
+        """Take the next elements of that tensor, on the CPU."""
+        self._sha.update(raw_bytes(piece))
+
+    def hexdigest(self) -> str:
+        """Return the hash of what came so far."""
+        return self._sha.hexdigest()
+
+
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names and bytes, so that one flipped bit or a missing tensor is noticed."""
-    digest = hashlib.sha256()
+    checksum = Checksum()
     for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
+        checksum.begin(name, tensor.dtype, tensor.shape)
+        checksum.update(tensor)
+    return checksum.hexdigest()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -134,19 +200,33 @@ def read_checked(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != kind:
-                raise ValueError(
-                    f"{os.fspath(path)!r} must be a {kind} file; its format is "
-                    f"{metadata.get('format')!r}"
-                )
-            if metadata.get("format_version") != str(version):
-                raise ValueError(
-                    f"{os.fspath(path)!r} has format_version {metadata.get('format_version')!r}; "
-                    f"this fishfast reads version {version}; upgrade fishfast or save it again"
-                )
+            check_format(path, metadata, kind, version)
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+
+
+def check_format(path: PathLike, metadata: Mapping[str, str], kind: str, version: int) -> None:
+    """Refuse another kind of file, or another version.
+
+    Args:
+        path: the file, for the message.
+        metadata: its metadata.
+        kind: what its ``format`` must be.
+        version: what its ``format_version`` must be.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if metadata.get("format") != kind:
+        raise ValueError(
+            f"{os.fspath(path)!r} must be a {kind} file; its format is {metadata.get('format')!r}"
+        )
+    if metadata.get("format_version") != str(version):
+        raise ValueError(
+            f"{os.fspath(path)!r} has format_version {metadata.get('format_version')!r}; "
+            f"this fishfast reads version {version}; upgrade fishfast or save it again"
+        )
 
 
 def refuse_damaged(

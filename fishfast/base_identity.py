@@ -1,10 +1,14 @@
-"""Names a base model by two hashes, so that a delta is never applied to another one."""
+"""Names a base model by hashes, so that a delta is never applied to another one.
+
+The hashes are the same for a model in memory and for its checkpoint on disk, which knows no order
+of its tensors, no buffers, and a tied weight under one name only.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +19,10 @@ from torch import Tensor, nn
 from fishfast._files import raw_bytes
 from fishfast.mask import SparseMask
 
-__all__ = ["BaseIdentity"]
+__all__ = ["BaseIdentity", "Digest", "structure_of"]
+
+# A masked tensor is copied to be zeroed where it is masked: piece by piece.
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -23,16 +30,20 @@ class BaseIdentity:
     """What a delta remembers of the model that it was trained from.
 
     Only what the delta does not replace counts: masked weights are hashed as zeros (a fresh head is
-    random in every process), and buffers that the delta sets are left out.
+    random in every process), and buffers that the delta sets are left out. A tied tensor counts
+    once, under its first name.
 
     Attributes:
-        structure: SHA-256 of the names, shapes, dtypes and ties of the state dict.
-        weights: SHA-256 of the weights outside the mask.
-        buffers: SHA-256 of each persistent buffer.
+        structure: SHA-256 of the names, shapes and dtypes of the state dict.
+        ties: further name of a tied tensor -> its first name; None where that is not known.
+        weights: name -> SHA-256 of the weight's data, masked entries as zeros.
+        buffers: name -> SHA-256 of each persistent buffer, under all its names; of a checkpoint
+            none: there they are among the weights.
     """
 
     structure: str
-    weights: str
+    ties: dict[str, str] | None
+    weights: dict[str, str]
     buffers: dict[str, str]
 
     @classmethod
@@ -49,48 +60,82 @@ class BaseIdentity:
         Raises:
             ValueError: a weight or buffer on the meta device.
         """
-        entries = _entries(model)
+        state = model.state_dict(keep_vars=True)
+        entries = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if without := [name for name, value in entries.items() if value.is_meta]:
             raise ValueError(f"model must have memory; {without[0]!r} is on the meta device")
-        # By object, so that a tied weight is the masked one under all its names.
+        first: dict[int, str] = {}
+        ties = {}
+        for name, value in entries.items():
+            if (own := first.setdefault(id(value), name)) != name:
+                ties[name] = own
+        own_entries = {name: value for name, value in entries.items() if name not in ties}
+        # By object: the mask may name a tied weight by another of its names.
         masked = {id(p): mask[name] for name, p in model.named_parameters() if name in mask}
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            found = pool.map(lambda value: _digest(value, masked.get(id(value))), entries.values())
-            digests = dict(zip(entries, found, strict=True))
-        buffer_names = [name for name, _ in model.named_buffers(remove_duplicate=False)]
-        buffers = {name: digests.pop(name) for name in buffer_names if name in digests}
-        return cls(_structure(model), _hash(digests), buffers)
+            found = pool.map(lambda v: _digest(v, masked.get(id(v))), own_entries.values())
+            digests = dict(zip(own_entries, found, strict=True))
+        names = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+        buffers = {name: digests[ties.get(name, name)] for name in names if name in entries}
+        weights = {name: text for name, text in digests.items() if name not in buffers}
+        layout = {name: (tuple(v.shape), str(v.dtype)) for name, v in own_entries.items()}
+        return cls(structure_of(layout), ties, weights, buffers)
 
     def content(self, replaced: Collection[str]) -> str:
         """Return the SHA-256 of everything but the masked weights and the replaced buffers."""
-        kept = {name: digest for name, digest in self.buffers.items() if name not in replaced}
-        return _hash([self.weights, kept])
+        ties = self.ties or {}
+        kept = {
+            name: text
+            for name, text in {**self.weights, **self.buffers}.items()
+            if name not in ties and name not in replaced
+        }
+        return _hash(sorted(kept.items()))
 
 
-def _structure(model: nn.Module) -> str:
-    """Return the SHA-256 of names, shapes, dtypes and ties of a model's state dict."""
-    first: dict[int, str] = {}  # a tied tensor is known by its first name
-    layout = [
-        (name, tuple(v.shape), str(v.dtype), first.setdefault(id(v), name))
-        for name, v in _entries(model).items()
-    ]
-    return _hash(layout)
+def structure_of(layout: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
+    """Return the SHA-256 of names, shapes and dtypes.
+
+    Args:
+        layout: name -> shape and dtype (``str`` of torch's) of every tensor, tied ones once.
+
+    Returns:
+        The hash, whatever the order of the names.
+    """
+    return _hash([(name, *layout[name]) for name in sorted(layout)])
 
 
-def _entries(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+class Digest:
+    """SHA-256 of a tensor's bytes in row-major order, masked entries as zeros, piece by piece.
+
+    Args:
+        masked: ascending flat indices of the masked entries.
+    """
+
+    def __init__(self, masked: Tensor | None = None) -> None:
+        self._sha, self._masked, self._start = hashlib.sha256(), masked, 0
+
+    def update(self, piece: Tensor) -> None:
+        """Take the next elements: flat, on the CPU; they are not changed."""
+        if self._masked is not None and len(self._masked):
+            bounds = torch.tensor([self._start, self._start + len(piece)], dtype=self._masked.dtype)
+            begin, end = torch.searchsorted(self._masked, bounds).tolist()
+            piece = piece.index_fill(0, self._masked[begin:end].long() - self._start, 0)
+        self._start += len(piece)
+        self._sha.update(raw_bytes(piece))
+
+    def hexdigest(self) -> str:
+        """Return the hash of what came so far."""
+        return self._sha.hexdigest()
 
 
 def _digest(tensor: Tensor, masked: Tensor | None) -> str:
-    """Return the SHA-256 of a tensor's bytes in row-major order, masked entries as zeros."""
     if tensor.layout == torch.sparse_coo:  # such as a graph's adjacency
         parts = tensor.detach().coalesce()
         return _hash([_digest(parts.indices(), None), _digest(parts.values(), None)])
-    flat = tensor.detach().cpu().reshape(-1)
-    if masked is not None and len(masked):
-        flat = flat.index_fill(0, masked.cpu().long(), 0)
-    return hashlib.sha256(raw_bytes(flat)).hexdigest()
+    found = Digest(None if masked is None else masked.cpu())
+    for piece in tensor.detach().cpu().reshape(-1).split(_PIECE):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def _hash(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from fishfast.compact import Target, compact_parameters
 from fishfast.mask import SparseMask, shapes_from_json
 from fishfast.tuning import SparseTuning
 
-__all__ = ["Delta", "load_delta", "save_delta"]
+__all__ = ["Delta", "load_delta", "refuse_non_finite", "save_delta"]
 
-_FORMAT, _VERSION = "fishfast.delta", 1
+_FORMAT, _VERSION = "fishfast.delta", 2
 _INDICES, _VALUES, _BUFFER = "indices/", "values/", "buffer/"
 
 
@@ -58,32 +59,22 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> int:
     now = tuned.identify()
     for name, parameter in compact_parameters(model):
         weights = parameter.target.gather()
-        _refuse_non_finite(name, parameter, "the trained model")  # NaN would not equal itself
+        refuse_non_finite(name, parameter, "the trained model")  # NaN would not equal itself
         if not torch.equal(parameter.detach().to(weights.dtype), weights):
             raise RuntimeError(
                 f"the values of {name!r} were not written into the weights; call "
                 "tuned.attach(optimizer) for an optimizer that is not fishfast's"
             )
-    tensors = {}
-    for name, target in _targets(model, mask).items():
-        values = target.gather()
-        _refuse_non_finite(name, values, "the trained model")
-        tensors[_INDICES + name] = mask[name]
-        tensors[_VALUES + name] = values
+    values = {name: target.gather() for name, target in _targets(model, mask).items()}
     buffers = dict(model.named_buffers(remove_duplicate=False))
     changed = [name for name, digest in now.buffers.items() if digest != tuned.base.buffers[name]]
-    for name in changed:
-        _refuse_non_finite(name, buffers[name], "the trained model")
-        tensors[_BUFFER + name] = buffers[name].clone()  # buffers may overlap in memory
-    metadata = {
-        "format": _FORMAT,
-        "format_version": str(_VERSION),
-        "shapes": json.dumps(mask.shapes),
-        "mask_fingerprint": mask.fingerprint,
-        "base_structure": tuned.base.structure,
-        "base_content": tuned.base.content(changed),
-    }
-    write_atomically(path, tensors, metadata)
+    for name, tensor in {**values, **{name: buffers[name] for name in changed}}.items():
+        refuse_non_finite(name, tensor, "the trained model")
+    others = sorted({*tuned.base.weights, *tuned.base.buffers} - {*mask, *(tuned.base.ties or {})})
+    Delta(
+        mask, values, {name: buffers[name].clone() for name in changed},  # buffers may overlap
+        tuned.base.structure, tuned.base.content(changed), tuned.base.ties, others,
+    ).save(path)  # fmt: skip
     return mask.num_selected
 
 
@@ -114,6 +105,8 @@ def load_delta(path: PathLike) -> Delta:
         shapes = shapes_from_json(metadata["shapes"])
         fingerprint = metadata["mask_fingerprint"]
         structure, content = metadata["base_structure"], metadata["base_content"]
+        ties, others = json.loads(metadata["base_ties"]), json.loads(metadata["base_others"])
+        _check_base_names(ties, others)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} has a broken header: {error!r}") from error
     if unmatched := set(indices) ^ set(values):
@@ -130,7 +123,7 @@ def load_delta(path: PathLike) -> Delta:
                 f"{name!r}"
             )
     for name, tensor in {**values, **parts[_BUFFER]}.items():
-        _refuse_non_finite(name, tensor, source)
+        refuse_non_finite(name, tensor, source)
     try:
         mask = SparseMask(indices, shapes)
     except ValueError as error:
@@ -138,7 +131,7 @@ def load_delta(path: PathLike) -> Delta:
     if mask.fingerprint != fingerprint:
         raise ValueError(f"{source} does not match its fingerprint: the file is damaged")
     refuse_damaged(path, tensors, metadata)
-    return Delta(mask, values, parts[_BUFFER], structure, content)
+    return Delta(mask, values, parts[_BUFFER], structure, content, ties, others)
 
 
 class Delta:
@@ -150,6 +143,9 @@ class Delta:
         buffers: name -> buffers that training changed.
         base_structure: hash of the base's names, shapes and dtypes.
         base_content: hash of the base's values that the delta does not replace.
+        base_ties: further name of a tied weight of the base -> its first name; None where that is
+            not known, as it is of a checkpoint.
+        base_others: names of the base's tensors that the mask does not have.
     """
 
     def __init__(
@@ -159,9 +155,13 @@ class Delta:
         buffers: Mapping[str, Tensor],
         base_structure: str,
         base_content: str,
+        base_ties: Mapping[str, str] | None = None,
+        base_others: Iterable[str] = (),
     ) -> None:
         self.mask, self.values, self.buffers = mask, dict(values), dict(buffers)
         self.base_structure, self.base_content = base_structure, base_content
+        self.base_ties = None if base_ties is None else dict(base_ties)
+        self.base_others = tuple(base_others)
         # What apply_ overwrote, model by model.
         self._overwritten: weakref.WeakKeyDictionary[
             nn.Module, tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -177,6 +177,27 @@ class Delta:
             f"Delta({self.num_selected:,} of {self.mask.num_params:,} weights, "
             f"{len(self.buffers)} buffers, base {self.base_content[:8]})"
         )
+
+    def save(self, path: PathLike) -> None:
+        """Write a file for `load_delta`, atomically.
+
+        Args:
+            path: target file; its folder must exist.
+        """
+        tensors = {_BUFFER + name: buffer for name, buffer in self.buffers.items()}
+        for name, values in self.values.items():
+            tensors[_INDICES + name], tensors[_VALUES + name] = self.mask[name], values
+        metadata = {
+            "format": _FORMAT,
+            "format_version": str(_VERSION),
+            "shapes": json.dumps(self.mask.shapes),
+            "mask_fingerprint": self.mask.fingerprint,
+            "base_structure": self.base_structure,
+            "base_content": self.base_content,
+            "base_ties": json.dumps(self.base_ties),
+            "base_others": json.dumps(self.base_others),
+        }
+        write_atomically(path, tensors, metadata)
 
     def apply_(self, model: nn.Module, *, check_base: bool = True) -> nn.Module:
         """Put the trained weights and buffers on the base model; keep what they overwrite.
@@ -240,20 +261,39 @@ class Delta:
         Raises:
             ValueError: names, shapes, dtypes, ties, weights or buffers differ.
         """
-        for what, expected, got in (
-            ("names, shapes, dtypes or ties", self.base_structure, found.structure),
-            ("weights or buffers", self.base_content, found.content(self.buffers)),
-        ):
-            if expected != got:
-                raise ValueError(
-                    f"the delta was trained from another base model: its {what} differ (base "
-                    f"{expected[:12]}, this model {got[:12]}); load the base that it was trained "
-                    "from, revert what was put on it, or pass check_base=False"
-                )
+        self.refuse_other_structure(found.structure, found.ties)
+        self.refuse_other_content(found)
+
+    def refuse_other_structure(self, structure: str, ties: Mapping[str, str] | None = None) -> None:
+        """Refuse a model of other names, shapes or dtypes.
+
+        Args:
+            structure: the hash of the model's.
+            ties: its ties, where they are known.
+
+        Raises:
+            ValueError: they differ from the base's.
+        """
+        what = "names, shapes, dtypes or ties"
+        _refuse_other(what, self.base_structure, structure)
+        if self.base_ties is not None and ties is not None:
+            _refuse_other(what, str(sorted(self.base_ties.items())), str(sorted(ties.items())))
+
+    def refuse_other_content(self, found: BaseIdentity) -> None:
+        """Refuse a model of other weights or buffers.
+
+        Args:
+            found: its hashes, taken with this delta's mask.
+
+        Raises:
+            ValueError: what the delta does not replace differs from the base's.
+        """
+        _refuse_other("weights or buffers", self.base_content, found.content(self.buffers))
 
     def _places(self, model: nn.Module) -> tuple[dict[str, Target], dict[str, Tensor]]:
         """Where everything goes; refuses a model that it does not fit."""
-        self.mask.check_fits(model)
+        # What is not changed need not be a parameter: a checkpoint does not say what is one.
+        self.mask.check_fits(model, selected_only=True)
         targets = _targets(model, self.mask)
         for name, target in targets.items():
             if target.weight().dtype != self.values[name].dtype:
@@ -300,6 +340,23 @@ def _write(
         parameter.refresh_()  # a model in training goes on from the new weights
 
 
+def _refuse_other(what: str, expected: str, got: str) -> None:
+    if expected != got:
+        raise ValueError(
+            f"the delta was trained from another base model: its {what} differ (base "
+            f"{expected[:12]}, this model {got[:12]}); load the base that it was trained "
+            "from, revert what was put on it, or pass check_base=False"
+        )
+
+
+def _check_base_names(ties: Any, others: Any) -> None:
+    """Raise TypeError where a file's header has something else; it may say anything."""
+    if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+        raise TypeError("base_others are no names")
+    if ties is not None and not all(isinstance(name, str) for name in ties.values()):
+        raise TypeError("base_ties are no names")
+
+
 def _refuse_changed(name: str, now: Tensor, applied: Tensor) -> None:
     if not torch.equal(now.cpu(), applied.cpu()):
         raise RuntimeError(
@@ -308,6 +365,20 @@ def _refuse_changed(name: str, now: Tensor, applied: Tensor) -> None:
         )
 
 
-def _refuse_non_finite(name: str, tensor: Tensor, source: str) -> None:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+def refuse_non_finite(name: str, tensor: Tensor, source: str) -> None:
+    """Refuse values that a delta cannot hold.
+
+    Args:
+        name: the weight's or buffer's.
+        tensor: its values.
+        source: where they are, for the message.
+
+    Raises:
+        ValueError: a NaN or infinity.
+    """
+    if not tensor.is_floating_point():
+        return
+    if tensor.element_size() == 1:  # torch has no isfinite for 8-bit floats
+        tensor = tensor.float()
+    if not torch.isfinite(tensor).all():
         raise ValueError(f"values must be finite; {name!r} in {source} has NaN or infinity")

@@ -204,17 +204,20 @@ class SparseMask(Mapping[str, Tensor]):
         refuse_damaged(path, tensors, metadata)
         return mask
 
-    def check_fits(self, model: nn.Module) -> None:
+    def check_fits(self, model: nn.Module, *, selected_only: bool = False) -> None:
         """Refuse a model that does not have the mask's parameters.
 
         Args:
             model: the model to be masked.
+            selected_only: ask only for parameters with selected weights.
 
         Raises:
             ValueError: a parameter that is missing or has another shape.
         """
         parameters = dict(model.named_parameters())
         for name, shape in self.shapes.items():
+            if selected_only and len(self[name]) == 0:
+                continue
             if name not in parameters:
                 raise ValueError(
                     f"mask must fit the model; it names {name!r}, which the model does not have"

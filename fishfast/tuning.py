@@ -252,7 +252,7 @@ class SparseTuning:
                 not those of the base.
         """
         now = BaseIdentity.of(self.model, self.trained_mask)
-        if now.structure != self.base.structure:
+        if (now.structure, now.ties) != (self.base.structure, self.base.ties):
             raise RuntimeError(
                 "the model's dtypes, shapes or ties changed since train_only, so the delta would "
                 "fit no base; convert the model before train_only"

@@ -116,3 +116,14 @@ def tuned() -> ff.SparseTuning:
 def path(tuned: ff.SparseTuning, tmp_path: Path) -> Path:
     ff.save_delta(tuned, tmp_path / "task.safetensors")
     return tmp_path / "task.safetensors"
+
+
+# --- for test_checkpoint_*.py ---
+
+
+@pytest.fixture
+def pieces_of_40_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read stored tensors 40 bytes at a time."""
+    from fishfast import stored_tensors
+
+    monkeypatch.setattr(stored_tensors, "_PIECE_BYTES", 40)

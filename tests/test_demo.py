@@ -16,7 +16,7 @@ import fishfast as ff
 from fishfast.cli import main
 from fishfast.demo import METHODS, comparison, describe_choice, methods
 from fishfast.demo.methods import GRID
-from fishfast.demo.task import DigitNet, Task, make_task, predict
+from fishfast.demo.task import DigitNet, Task, fit, make_task, predict
 
 pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn")
 
@@ -114,6 +114,39 @@ def test_kept_delta_gives_the_printed_accuracy(
     assert f"{accuracy:.2f}" == table(output)[method.name]["reloaded %"]
 
 
+def test_pictures_are_beside_the_deltas_and_named(kept: tuple[str, Path]) -> None:
+    pytest.importorskip("matplotlib")
+    output, folder = kept
+    assert f"The pictures are in {folder.parent}: accuracy.png, layers.png, losses.png." in output
+    for name in ("accuracy", "layers", "losses"):
+        assert (folder.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kept_deltas_need_no_matplotlib(
+    kept: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    runs = {method.name: [] for method in METHODS}
+    monkeypatch.setattr("fishfast.demo.compare", lambda *_, **__: runs)
+    monkeypatch.setattr("fishfast.demo.describe_comparison", lambda *_, **__: "table")
+    runs["dense"] = [methods.Run(1.0, 1.0, 9, 9, 9, 1.0, [1.0], {})]
+    result = demo("--out", str(tmp_path))
+    assert result.exit_code == 0
+    assert "No pictures: pictures need matplotlib" in result.stdout
+
+
+def test_losses_are_those_before_each_step(task: Task) -> None:
+    network = task.network()
+    expected = []
+    twin = task.network().train()
+    for rows in torch.randperm(50, generator=task.order()).split(25):
+        images = task.train[rows]
+        expected.append(torch.nn.functional.cross_entropy(twin(images.pixels), images.labels))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    losses = fit(network, optimizer, task.train, 1, task.order(), lambda: None)
+    assert losses == pytest.approx([sum(expected).item() / 2])
+
+
 def test_repeat_gives_the_same_numbers_and_files(kept: tuple[str, Path], tmp_path: Path) -> None:
     output, folder = kept
     threads, state = torch.get_num_threads(), torch.get_rng_state()
@@ -175,7 +208,7 @@ def test_missing_scikit_learn_says_what_to_install(monkeypatch: pytest.MonkeyPat
         (["--seeds", "0"], "0 is not in the range x>=1"),
         (["--epochs", "-3"], "-3 is not in the range x>=1"),
         (["--epochs", "many"], "'many' is not a valid integer range"),
-        (["--choose-lr", "--seeds", "2"], "drop --seeds and --out"),
+        (["--choose-lr", "--seeds", "2"], "drop --seeds and --out and --png"),
         (["--out", __file__], "is a file"),
         (["--colour"], "No such option"),
     ],

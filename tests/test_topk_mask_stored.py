@@ -10,8 +10,8 @@ from cases import VALUES
 from safetensors.torch import save_file
 
 import fishfast as ff
+from fishfast.stored_tensors import StoredTensor
 from fishfast.topk_mask import batches
-from fishfast.topk_mask.stored import StoredScore
 
 BACKENDS = ["cpu", "torch"]
 
@@ -25,13 +25,13 @@ def path(tmp_path):
 def small_pieces(monkeypatch):
     """Cut into pieces of 100 scores, and note what is read."""
     monkeypatch.setattr(batches, "_COPIED_ELEMENTS", 100)
-    reads, read_into = [], StoredScore.read_into
+    reads, read_into = [], StoredTensor.read_into
 
     def noting(self, flat, start):
         reads.append(len(flat))
         read_into(self, flat, start)
 
-    monkeypatch.setattr(StoredScore, "read_into", noting)
+    monkeypatch.setattr(StoredTensor, "read_into", noting)
     return reads
 
 
@@ -162,7 +162,7 @@ def test_files_that_are_refused(path):
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         ff.open_scores(path)
     save_file({"w": torch.rand(3).double()}, path)
-    with pytest.raises(ValueError, match="must be float32, bfloat16 or float16; 'w' is F64"):
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16; 'w' is torch.float64"):
         ff.open_scores(path)
     save_file({"w": torch.rand(300)}, path)
     stored = ff.open_scores(path)

@@ -13,6 +13,7 @@ from fishfast.demo.comparison import (
     compare,
 )
 from fishfast.demo.methods import METHODS, ReloadMismatch, Run
+from fishfast.demo.pictures import draw_pictures
 from fishfast.demo.report import describe_choice, describe_comparison, describe_task
 from fishfast.demo.task import DemoUnavailable
 
@@ -29,4 +30,5 @@ __all__ = [
     "describe_choice",
     "describe_comparison",
     "describe_task",
+    "draw_pictures",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -100,6 +101,8 @@ class Run:
         num_trained: weights that were trained.
         file_bytes: size of the delta; for dense, of a whole state dict.
         seconds: scoring, masking and training.
+        losses: mean training loss of each epoch.
+        densities: parameter -> share of its weights that were trained, in the order of the network.
     """
 
     accuracy: float
@@ -108,6 +111,8 @@ class Run:
     num_trained: int
     file_bytes: int
     seconds: float
+    losses: Sequence[float]
+    densities: Mapping[str, float]
 
 
 def run(method: Method, task: Task, *, epochs: int, judge: Images, folder: Path, tick: Tick) -> Run:
@@ -133,17 +138,21 @@ def run(method: Method, task: Task, *, epochs: int, judge: Images, folder: Path,
     if method.mask is None:
         parameters = list(network.parameters())
         dense = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=0.0)
-        fit(network, dense, task.train, epochs, task.order(), tick)
+        losses = fit(network, dense, task.train, epochs, task.order(), tick)
         seconds = time.perf_counter() - start
         num_trained = sum(parameter.numel() for parameter in parameters)
+        densities = {name: 1.0 for name, _ in network.named_parameters()}
         save_file(network.state_dict(), path)
         reloaded.load_state_dict(load_file(path))
     else:
         tuned = ff.train_only(network, method.mask(network, task))
         sparse = ff.AdamW(tuned.parameters(), lr=method.lr)
-        fit(network, sparse, task.train, epochs, task.order(), tick)
+        losses = fit(network, sparse, task.train, epochs, task.order(), tick)
         seconds = time.perf_counter() - start
         num_trained = tuned.num_selected
+        densities = {
+            name: len(found) / prod(tuned.mask.shapes[name]) for name, found in tuned.mask.items()
+        }
         ff.save_delta(tuned, path)
         ff.load_delta(path).apply_(reloaded)
     accuracy, accuracy_reloaded = check_reload(method.name, network, reloaded, judge)
@@ -154,6 +163,8 @@ def run(method: Method, task: Task, *, epochs: int, judge: Images, folder: Path,
         num_trained=num_trained,
         file_bytes=path.stat().st_size,
         seconds=seconds,
+        losses=losses,
+        densities=densities,
     )
 
 

@@ -171,7 +171,7 @@ def fit(
     epochs: int,
     order: torch.Generator,
     tick: Tick,
-) -> None:
+) -> list[float]:
     """Train with cross-entropy; the learning rate falls linearly to zero.
 
     Args:
@@ -181,17 +181,26 @@ def fit(
         epochs: passes over it.
         order: shuffles it.
         tick: called after each epoch.
+
+    Returns:
+        The mean loss of the images in each epoch, as it was before the step on them.
     """
     network.train()
     steps = epochs * -(-len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    losses = []
     for _ in range(epochs):
+        total = 0.0
         for rows in torch.randperm(len(images), generator=order).split(BATCH_SIZE):
             optimizer.zero_grad()
-            F.cross_entropy(network(images.pixels[rows]), images.labels[rows]).backward()
+            loss = F.cross_entropy(network(images.pixels[rows]), images.labels[rows])
+            loss.backward()
+            total += loss.item() * len(rows)
             optimizer.step()
             schedule.step()
+        losses.append(total / len(images))
         tick()
+    return losses
 
 
 @torch.no_grad()

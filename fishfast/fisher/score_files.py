@@ -6,16 +6,32 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fishfast._files import PathLike, read_checked, refuse_damaged, write_atomically
+from fishfast._files import (
+    Checksum,
+    PathLike,
+    check_format,
+    read_checked,
+    refuse_damaged,
+    write_atomically,
+)
 from fishfast.fisher.kind import FISHER_TYPES
+from fishfast.stored_tensors import open_tensors
 
-__all__ = ["FACTS", "WORK", "read_scores", "whole_number", "write_scores"]
+__all__ = [
+    "FACTS",
+    "WORK",
+    "ScoreFacts",
+    "describe_scores",
+    "read_scores",
+    "whole_number",
+    "write_scores",
+]
 
 _FORMAT, _VERSION = "fishfast.fisher", 1
 _CHECKSUM = "header_sha256"
@@ -63,22 +79,79 @@ def read_scores(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any], dict
     """
     tensors, header = read_checked(path, _FORMAT, _VERSION)
     source = repr(os.fspath(path))
+    facts = _read_facts(source, tensors, header)
+    for name, score in tensors.items():
+        _check_score(name, score, source)
+    refuse_damaged(path, tensors, header)
+    _check_header(source, header)
+    # The order in which they were scored, which decides ties; safetensors has one of its own.
+    return {name: tensors[name] for name in facts["roads"]}, facts, header
+
+
+def describe_scores(path: PathLike) -> tuple[dict[str, ScoreFacts], dict[str, Any]]:
+    """Read what `write_scores` wrote, piece by piece, for what can be said of it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Name -> facts of its scores, in the order in which they were scored, and the other facts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as `read_scores`.
+    """
+    tensors, header = open_tensors(path)
+    check_format(path, header, _FORMAT, _VERSION)
+    source = repr(os.fspath(path))
+    facts = _read_facts(source, tensors, header)
+    found, checksum = {}, Checksum()
+    for name, tensor in sorted(tensors.items()):
+        checksum.begin(name, tensor.dtype, tensor.shape)
+        total, zeros = 0.0, 0
+        for piece in tensor.pieces():
+            _check_score(name, piece, source)
+            checksum.update(piece)
+            total += float(piece.sum(dtype=torch.float64))
+            zeros += len(piece) - int(piece.count_nonzero())
+        found[name] = ScoreFacts(tuple(tensor.shape), tensor.numel(), total, zeros)
+    if header.get("sha256") != checksum.hexdigest():
+        raise ValueError(f"{source} does not match its checksum: the file is damaged")
+    _check_header(source, header)
+    return {name: found[name] for name in facts["roads"]}, facts
+
+
+class ScoreFacts(NamedTuple):
+    """What is said of a parameter's scores.
+
+    Attributes:
+        shape: the parameter's.
+        num_params: number of its scores.
+        total: their sum.
+        num_zero: how many of them are 0.
+    """
+
+    shape: tuple[int, ...]
+    num_params: int
+    total: float
+    num_zero: int
+
+
+def _read_facts(source: str, tensors: Collection[str], header: Mapping[str, str]) -> dict[str, Any]:
     try:
         facts = {name: read(json.loads(header[name])) for name, read in FACTS.items()}
-        # The order in which they were scored, which decides ties; safetensors has one of its own.
-        order = list(facts["roads"])
-        if unmatched := set(order) ^ set(tensors):
+        if unmatched := set(facts["roads"]) ^ set(tensors):
             raise ValueError(f"roads and scores must match; {min(unmatched)!r} is in one only")
         if unknown := set(facts["fallback"]) - set(tensors):
             raise ValueError(f"fallback names {min(unknown)!r}, which has no scores")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} has a broken header: {error!r}") from error
-    for name, score in tensors.items():
-        _check_score(name, score, source)
-    refuse_damaged(path, tensors, header)
+    return facts
+
+
+def _check_header(source: str, header: Mapping[str, str]) -> None:
     if header.get(_CHECKSUM) != _header_checksum(header):
         raise ValueError(f"{source}: the header does not match its checksum: the file is damaged")
-    return {name: tensors[name] for name in order}, facts, header
 
 
 def _header_checksum(header: Mapping[str, str]) -> str:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fishfast.mask import index_dtype
+from fishfast.stored_tensors import StoredTensor
 from fishfast.topk_mask.checks import BadScore, Scores
-from fishfast.topk_mask.stored import StoredScore
 
 __all__ = ["Batch", "Batches", "Passes"]
 
@@ -145,7 +145,7 @@ def _copies(
 ) -> Iterator[tuple[int, int, Callable[[Tensor], object]]]:
     """Yield flat ranges of bounded size, in order, and how each is copied to a flat tensor."""
     numel = scores.numel()
-    if isinstance(scores, StoredScore):
+    if isinstance(scores, StoredTensor):
         for start in range(0, numel, _COPIED_ELEMENTS):
             stop = min(start + _COPIED_ELEMENTS, numel)
             yield start, stop, functools.partial(scores.read_into, start=start)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fishfast.topk_mask.stored import StoredScore
+from fishfast.stored_tensors import StoredTensor
 
 __all__ = ["STORAGE", "BadScore", "Scores", "check_scores"]
 
 # Score dtypes, and their codes in csrc/storage.h.
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-Scores = Tensor | StoredScore
+Scores = Tensor | StoredTensor
 
 
 class BadScore(Exception):
@@ -45,7 +45,7 @@ def check_scores(scores: Mapping[str, Scores]) -> torch.device:
         if not isinstance(name, str):
             raise TypeError(f"scores must go by names of parameters; got {name!r}")
         got: object = None
-        if not isinstance(score, (Tensor, StoredScore)):
+        if not isinstance(score, (Tensor, StoredTensor)):
             got = type(score).__name__
         elif score.dtype not in STORAGE:
             got = score.dtype

@@ -3,81 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from fishfast._files import PathLike
+from fishfast.stored_tensors import StoredTensor, open_tensors
 
-__all__ = ["ScoreFile", "StoredScore", "open_scores"]
+__all__ = ["ScoreFile", "open_scores"]
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-class StoredScore:
-    """One tensor of a score file: its shape and dtype now, its scores when they are asked for.
-
-    Attributes:
-        path: the file.
-        shape: as stored.
-        dtype: torch.float32, torch.bfloat16 or torch.float16.
-        device: the CPU.
-    """
-
-    def __init__(
-        self, path: str, identity: tuple[int, ...], shape: torch.Size, dtype: torch.dtype,
-        offset: int,
-    ) -> None:  # fmt: skip
-        self.path, self.shape, self.dtype = path, shape, dtype
-        self.device = torch.device("cpu")
-        self._identity, self._offset = identity, offset
-
-    def numel(self) -> int:
-        """Return the number of scores."""
-        return math.prod(self.shape)
-
-    def read_into(self, flat: Tensor, start: int) -> None:
-        """Read consecutive scores from the file.
-
-        Args:
-            flat: where to; contiguous, of this dtype, on the CPU.
-            start: flat index of the first one.
-
-        Raises:
-            ValueError: the file is not the one that was opened.
-        """
-        buffer = flat.view(torch.uint8).numpy().data
-        with open(self.path, "rb", buffering=0) as file:
-            if identity_of(os.fstat(file.fileno())) != self._identity:
-                raise ValueError(f"{self.path!r} has changed since it was opened; open it again")
-            file.seek(self._offset + start * flat.element_size())
-            filled = 0
-            while filled < len(buffer):  # a read may stop early
-                got = file.readinto(buffer[filled:])
-                if not got:
-                    raise ValueError(f"{self.path!r} has become shorter since it was opened")
-                filled += got
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def identity_of(stat: os.stat_result) -> tuple[int, ...]:
-    """Return what changes when a file is written or replaced."""
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-class ScoreFile(Mapping[str, StoredScore]):
+class ScoreFile(Mapping[str, StoredTensor]):
     """The scores of a file by parameter name, in the order that decides ties."""
 
-    def __init__(self, path: str, scores: Mapping[str, StoredScore]) -> None:
+    def __init__(self, path: str, scores: Mapping[str, StoredTensor]) -> None:
         self.path = path
         self._scores = dict(scores)
 
-    def __getitem__(self, name: str) -> StoredScore:
+    def __getitem__(self, name: str) -> StoredTensor:
         return self._scores[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -119,27 +65,12 @@ def open_scores(path: PathLike) -> ScoreFile:
         tensor([1, 2], dtype=torch.int32)
     """
     text = os.path.abspath(os.fspath(path))
-    identity = identity_of(os.stat(text))
-    try:
-        with safe_open(text, framework="pt") as file:  # refuses what is not whole and consistent
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{text!r} is not a whole safetensors file: {error}") from error
-    entries, data_start = _read_header(Path(text))
-    stored = {}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in _DTYPES:
+    stored, metadata = open_tensors(text)
+    for name, score in stored.items():
+        if score.dtype not in _DTYPES:
             raise ValueError(
-                f"{text!r}: scores must be float32, bfloat16 or float16; {name!r} is "
-                f"{entry['dtype']}"
+                f"{text!r}: scores must be float32, bfloat16 or float16; {name!r} is {score.dtype}"
             )
-        stored[name] = StoredScore(
-            text,
-            identity,
-            torch.Size(entry["shape"]),
-            _DTYPES[entry["dtype"]],
-            data_start + entry["data_offsets"][0],
-        )
     if metadata.get("format") == "fishfast.fisher":
         order = _order_of_fisher(text, metadata)
         if unmatched := set(order) ^ set(stored):
@@ -149,21 +80,6 @@ def open_scores(path: PathLike) -> ScoreFile:
             )
         stored = {name: stored[name] for name in order}
     return ScoreFile(text, stored)
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return what safetensors says of each tensor, and where the data starts."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise ValueError(f"{str(path)!r} names a tensor twice in its header")
-        return dict(pairs)
-
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length), object_pairs_hook=unique)
-    entries.pop("__metadata__", None)
-    return entries, 8 + length
 
 
 def _order_of_fisher(path: str, metadata: Mapping[str, str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: ``fishfast demo`` and ``fishfast info``."""
+"""``fishfast demo``: the comparison on real data."""
 
 from __future__ import annotations
 
@@ -7,34 +7,21 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from tabulate import tabulate
 
-import fishfast as ff
+from fishfast.plots import PlottingUnavailable, new_figure
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from fishfast.demo import Run
+
+__all__ = ["demo"]
 
 _AT_LEAST_ONE = click.IntRange(min=1)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(ff.__version__, prog_name="fishfast")
-def main() -> None:
-    """Train only the weights that matter: FISH masks for PyTorch."""
-
-
-@main.command()
-def info() -> None:
-    """Say what was compiled and what runs each operation here."""
-    rows = [(key, value) for key, value in ff.build_info().items() if not isinstance(value, dict)]
-    for operation, by_device in ff.build_info()["operations"].items():
-        rows.append((operation, ", ".join(f"{road} on {kind}" for kind, road in by_device.items())))
-    rows += [(f"no {name}", why) for name, why in ff.build_info()["unavailable"].items()]
-    click.echo(tabulate(rows, tablefmt="plain", disable_numparse=True))
-
-
-@main.command()
+@click.command(short_help="Compare FISH masks with others on real data.")
 @click.option("--seeds", type=_AT_LEAST_ONE, metavar="N", help="How many seeds.  [default: 5]")
 @click.option(
     "--epochs", type=_AT_LEAST_ONE, metavar="N", help="Passes over the 50 images.  [default: 40]"
@@ -43,7 +30,13 @@ def info() -> None:
     "--out",
     type=click.Path(file_okay=False, writable=True, path_type=Path),
     metavar="FOLDER",
-    help="Keep bases and deltas there.  [default: a temporary folder]",
+    help="Keep bases and deltas there, and pictures.  [default: a temporary folder]",
+)
+@click.option(
+    "--png",
+    type=click.Path(file_okay=False, writable=True, path_type=Path),
+    metavar="FOLDER",
+    help="Draw pictures there: accuracy, masks, losses.  [default: as --out]",
 )
 @click.option("--smoke", is_flag=True, help="Take seconds: one seed, hardly any training.")
 @click.option(
@@ -52,27 +45,29 @@ def info() -> None:
     help="Instead of the comparison, repeat the choice of the learning rates (a few minutes).",
 )
 def demo(
-    seeds: int | None, epochs: int | None, out: Path | None, smoke: bool, choose_lr: bool
+    seeds: int | None,
+    epochs: int | None,
+    out: Path | None,
+    png: Path | None,
+    smoke: bool,
+    choose_lr: bool,
 ) -> None:
-    r"""Compare FISH masks with other ways to train few weights, on handwritten digits.
+    """Compare FISH masks with other ways to train few weights, on handwritten digits.
 
     Nothing is downloaded; about a minute on an idle core.
-    \f
-
-    Raises:
-        UsageError: options that exclude each other.
-        ClickException: the demo cannot run, or a delta did not survive its reload.
     """
     from fishfast import demo as room
 
-    if choose_lr and (seeds is not None or out is not None):
+    if choose_lr and not (seeds is None and out is None and png is None):
         raise click.UsageError(
-            "--choose-lr has seeds and a folder of its own; drop --seeds and --out"
+            "--choose-lr has seeds and a folder of its own; drop --seeds and --out and --png"
         )
     epochs = epochs or (2 if smoke else room.EPOCHS)
     pretrain_epochs = 1 if smoke else room.PRETRAIN_EPOCHS
     start = time.perf_counter()
     try:
+        if png is not None:
+            new_figure(1, 1)  # what is missing is told now, not after a minute
         if choose_lr:
             chosen = room.choose_learning_rates(epochs=epochs, pretrain_epochs=pretrain_epochs)
             click.echo(room.describe_choice(chosen))
@@ -87,10 +82,25 @@ def demo(
             )
         seconds = time.perf_counter() - start
         click.echo(room.describe_comparison(runs, seconds=seconds, kept_in=out))
+        if (pictures := png or out) is not None:
+            click.echo(_draw(runs, pictures, optional=png is None))
         if smoke:
             click.echo("This was --smoke: the numbers mean nothing.")
-    except (room.DemoUnavailable, room.ReloadMismatch, OSError) as error:
+    except (room.DemoUnavailable, room.ReloadMismatch, PlottingUnavailable, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _draw(runs: dict[str, list[Run]], folder: Path, *, optional: bool) -> str:
+    """Draw the pictures; say where they are, or why there are none."""
+    from fishfast import demo as room
+
+    try:
+        files = room.draw_pictures(runs, folder)
+    except PlottingUnavailable as error:
+        if not optional:
+            raise
+        return f"No pictures: {error}"
+    return f"The pictures are in {folder}: {', '.join(file.name for file in files)}."
 
 
 @contextlib.contextmanager

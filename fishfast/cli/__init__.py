@@ -1,0 +1,24 @@
+"""The command ``fishfast``: one file for each of its commands."""
+
+from __future__ import annotations
+
+import click
+
+from fishfast import __version__
+from fishfast.cli.checkpoints import apply, diff
+from fishfast.cli.demo import demo
+from fishfast.cli.info import info
+from fishfast.cli.inspect_file import inspect
+from fishfast.cli.score import score
+
+__all__ = ["main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fishfast")
+def main() -> None:
+    """Train only the weights that matter: FISH masks for PyTorch."""
+
+
+for command in (score, inspect, diff, apply, demo, info):
+    main.add_command(command)
