@@ -118,13 +118,10 @@ def mask_for(
     return ff.top_k_mask(fisher, density=args.density, keep=HEAD)
 
 
-def run(method: str, args: argparse.Namespace, data: dict[str, Dataset]) -> list[Any]:
+def run(method: str, args: argparse.Namespace, data: dict[str, Dataset], collate: Any) -> list:
     """Train one method, save what it learned, put that on a fresh base, and compare."""
     task, folder = TASKS[args.task], Path(args.output) / f"{args.task}-{method}"
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    collate = DataCollatorWithPadding(tokenizer)
-    data = tokenized(data, task, tokenizer)
 
     def base() -> nn.Module:
         return AutoModelForSequenceClassification.from_pretrained(
@@ -166,7 +163,7 @@ def run(method: str, args: argparse.Namespace, data: dict[str, Dataset]) -> list
     trained = model.state_dict()
     same = all(torch.equal(value, trained[n].cpu()) for n, value in again.state_dict().items())
     size = file.stat().st_size
-    print(f"{file}: {size:,} bytes, {full / size:.0f} times less than all weights")
+    print(f"{file.name}: {size:,} bytes; all weights: {full:,}")
     return [method, *scores, f"{tuned.num_selected:,}", f"{size:,}", "all bits" if same else "NO"]
 
 
@@ -198,14 +195,14 @@ def main() -> None:
         else:
             data = load_dataset("nyu-mll/glue", args.task)
             data = {split: rows for split, rows in data.items() if not split.startswith("test")}
-        rows = [run(method, args, data) for method in args.method]
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        data = tokenized(data, TASKS[args.task], tokenizer)
+        collate = DataCollatorWithPadding(tokenizer)
+        rows = [run(method, args, data, collate) for method in args.method]
     names = [f"{name} %" for name in TASKS[args.task].metrics]
     headers = ["method", *names, "trained weights", "bytes to keep", "on a fresh base"]
-    print(
-        tabulate(
-            rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
-        )
-    )
+    align = ["left", *["right"] * (len(headers) - 1)]
+    print(tabulate(rows, headers, disable_numparse=True, colalign=align))
 
 
 if __name__ == "__main__":
