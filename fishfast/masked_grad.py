@@ -150,15 +150,9 @@ def _bounds(num_rows: int, per_group: int, most: int) -> list[tuple[int, int]]:
     ]
 
 
-# --- the operation, opaque to torch.compile ---
+# --- the operation ---
 
 
-@torch.library.custom_op(
-    "fishfast::masked_grad",
-    mutates_args=(),
-    schema="(str kind, Tensor grad, Tensor x, Tensor indices, Tensor? positions, Tensor? rows, "
-    "Tensor? columns, int[] chunks, int[] shape, int[] geometry) -> Tensor",
-)
 def masked_grad(
     kind: str,
     grad: Tensor,
@@ -188,6 +182,23 @@ def masked_grad(
         geometry: of a convolution, stride, padding and dilation, each for every dim, and groups;
             of an embedding, the padding index or -1.
     """
+    opaque = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    compute = _operation if opaque or type(grad) is not Tensor else _compute
+    return compute(kind, grad, x, indices, positions, rows, columns, chunks, shape, geometry)
+
+
+def _compute(
+    kind: str,
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    positions: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    chunks: Sequence[int],
+    shape: Sequence[int],
+    geometry: Sequence[int],
+) -> Tensor:
     out = torch.empty(indices.shape, dtype=torch.float32, device=grad.device)
     if grad.numel() == 0 or x.numel() == 0:
         return out.zero_()
@@ -210,12 +221,23 @@ def masked_grad(
     return out
 
 
-@masked_grad.register_fake
+# What torch.compile and torch.func see; in eager mode its dispatch would take longer than a small
+# layer's gradient.
+_operation = torch.library.custom_op(
+    "fishfast::masked_grad",
+    _compute,
+    mutates_args=(),
+    schema="(str kind, Tensor grad, Tensor x, Tensor indices, Tensor? positions, Tensor? rows, "
+    "Tensor? columns, int[] chunks, int[] shape, int[] geometry) -> Tensor",
+)
+
+
+@_operation.register_fake
 def _(kind: str, grad: Tensor, x: Tensor, indices: Tensor, *plan: Any) -> Tensor:
     return grad.new_empty(indices.shape, dtype=torch.float32)
 
 
-@masked_grad.register_vmap
+@_operation.register_vmap
 def _(
     info: Any, in_dims: Any, kind: str, grad: Tensor, x: Tensor, indices: Tensor, *plan: Any
 ) -> tuple[Tensor, int]:
@@ -227,7 +249,7 @@ def _(
         ]
         for b in range(info.batch_size)
     ]
-    return torch.stack([masked_grad(kind, g, a, indices, *plan) for g, a in samples]), 0
+    return torch.stack([_operation(kind, g, a, indices, *plan) for g, a in samples]), 0
 
 
 def _quadruples(chunks: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -354,11 +376,24 @@ def _embedding(
         grads.index_select(0, order).float(), "sum",
         lengths=torch.where(at_first, num_tokens, 0), unsafe=True, initial=0,
     )  # fmt: skip
-    row, column = indices // shape[1], indices % shape[1]
-    row = row.to(tokens.dtype)
-    place = torch.searchsorted(tokens, row).clamp_(max=len(tokens) - 1)
-    found = sums.flatten().index_select(0, place * shape[1] + column)
-    out.copy_(found.masked_fill_((tokens[place] != row) | (row == padding), 0))
+    if len(indices) <= sums.numel():
+        row, column = indices // shape[1], indices % shape[1]
+        row = row.to(tokens.dtype)
+        place = torch.searchsorted(tokens, row).clamp_(max=len(tokens) - 1)
+        found = sums.flatten().index_select(0, place * shape[1] + column)
+        out.copy_(found.masked_fill_((tokens[place] != row) | (row == padding), 0))
+        return
+    # Fewer sums than entries: look up the sums' places among the entries.
+    at_first &= tokens != padding
+    wanted = (tokens[:, None] * shape[1] + torch.arange(shape[1], device=tokens.device)).flatten()
+    wanted = wanted.to(indices.dtype)
+    entry = torch.searchsorted(indices, wanted).clamp_(max=len(indices) - 1)
+    masked = (indices[entry] == wanted) & at_first.repeat_interleave(
+        shape[1], output_size=len(wanted)
+    )
+    padded = out.new_zeros(len(out) + 1)  # what is not masked falls off behind the end
+    padded[torch.where(masked, entry, len(out))] = sums.flatten()
+    out.copy_(padded[:-1])
 
 
 def input_grad(
