@@ -199,6 +199,6 @@ def plan_for(
         The plan; None where no owner has a forward of `own_forward`.
     """
     layers = [module for module, name in owners if has_own_forward(module, name)]
-    if not layers or indices.is_meta:
+    if not layers:
         return None
     return Plan.of(shape, indices, max(getattr(module, "groups", 1) for module in layers))
