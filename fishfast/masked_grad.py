@@ -9,7 +9,8 @@ that are known when the weight is masked, so that the backward waits for no devi
 where few entries are masked, csrc/masked_grad_cpu.cpp computes those k sums and nothing else.
 An embedding's gradient is a sum over the tokens of each row: only rows of the batch are summed.
 
-Every sum has a fixed order: results are the same bits in every run.
+Every sum has a fixed order: results are the same bits in every run and, on the CPU, for any number
+of threads, as far as torch's own products and convolutions are (cuDNN's are on request).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fishfast import _backend
 
-__all__ = ["Plan", "input_grad", "masked_grad"]
+__all__ = ["Plan", "input_grad", "is_traced", "masked_grad"]
 
 # Bytes of a chunk's product, in fp32. On a GPU it stays in the L2 cache (40 MB on an A100, 50 MB on
 # an H100) beside the operands that stream through, and 1024 rows of 4096 columns are tiles enough
@@ -182,9 +183,13 @@ def masked_grad(
         geometry: of a convolution, stride, padding and dilation, each for every dim, and groups;
             of an embedding, the padding index or -1.
     """
-    opaque = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    compute = _operation if opaque or type(grad) is not Tensor else _compute
+    compute = _operation if is_traced() or type(grad) is not Tensor else _compute
     return compute(kind, grad, x, indices, positions, rows, columns, chunks, shape, geometry)
+
+
+def is_traced() -> bool:
+    """Return whether torch.compile or a transform of torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _compute(
@@ -296,8 +301,9 @@ def _linear_products(
 
 def _mm_to_fp32(operand: Tensor) -> bool:
     """Return whether a product of 16-bit operands can be had as it is summed, in fp32."""
-    has_overload = "dtype_out" in torch.ops.aten.mm.overloads()  # torch 2.8
-    return operand.device.type == "cuda" and operand.element_size() == 2 and has_overload
+    if operand.device.type != "cuda" or operand.element_size() != 2 or torch.version.hip:
+        return False
+    return "dtype_out" in torch.ops.aten.mm.overloads()  # torch 2.8
 
 
 def _sums(

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fishfast.gradient_tap import VALUES_SUFFIX, GradientTap
-from fishfast.masked_grad import Plan, input_grad, masked_grad
+from fishfast.masked_grad import Plan, input_grad, is_traced, masked_grad
 
 __all__ = ["SideTap", "has_own_forward", "own_forward", "plan_for"]
 
@@ -28,23 +28,11 @@ __all__ = ["SideTap", "has_own_forward", "own_forward", "plan_for"]
 class SideTap(torch.autograd.Function):
     """``(y, x, weight, values, ...) -> y``, whose backward computes the gradient of the values."""
 
-    generate_vmap_rule = True  # for torch.func: per-sample gradients of the compact parameters
-
     @staticmethod
-    def forward(
-        y: Tensor, x: Tensor, weight: Tensor, values: Tensor, indices: Tensor, *plan: Any
-    ) -> Tensor:
-        """Return the layer's output."""
+    def forward(ctx: Any, y: Tensor, *others: Any) -> Tensor:
+        """Return the layer's output; keep its input."""
+        _keep(ctx, *others)
         return y.detach()  # no view to autograd: what follows may write into it
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the input; and the weight, if the gradient of the input may be differentiated."""
-        _, x, weight, values, indices, positions, rows, columns, *constants = inputs
-        if not x.requires_grad:
-            weight = values = None
-        ctx.save_for_backward(x, weight, values, indices, positions, rows, columns)
-        ctx.constants = tuple(constants)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,6 +52,41 @@ class SideTap(torch.autograd.Function):
         return (grad, grad_x, None, grad_values, *[None] * 8)
 
 
+class FunctionalSideTap(torch.autograd.Function):
+    """The same for torch.func and torch.compile; in eager mode a form that costs 80 us a call."""
+
+    generate_vmap_rule = True  # per-sample gradients of the compact parameters
+
+    @staticmethod
+    def forward(y: Tensor, *others: Any) -> Tensor:
+        """Return the layer's output."""
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the layer's input."""
+        _keep(ctx, *inputs[1:])
+
+    backward = SideTap.backward
+
+
+def _keep(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    values: Tensor | None,
+    indices: Tensor,
+    positions: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    *constants: Any,
+) -> None:
+    if not ctx.needs_input_grad[1]:
+        weight = values = None  # needed only where the gradient of x may be differentiated
+    ctx.save_for_backward(x, weight, values, indices, positions, rows, columns)
+    ctx.constants = constants
+
+
 @once_differentiable
 def _grad_values(constants: tuple[Any, ...], grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
     kind, *others = constants
@@ -78,7 +101,8 @@ def _side_tap(module: Any, y: Tensor, x: Tensor, kind: str, *geometry: int) -> T
         plan = target.plan
     if x.is_floating_point() and x.dtype != y.dtype:
         x = x.to(y.dtype)  # autocast: kept as the layer saw it
-    return SideTap.apply(
+    function = FunctionalSideTap if is_traced() else SideTap
+    return function.apply(
         y, x, module._parameters["weight"], module._parameters["weight" + VALUES_SUFFIX],
         target.indices, plan.positions, plan.rows, plan.columns,
         kind, plan.chunks, tuple(target.shape), geometry,

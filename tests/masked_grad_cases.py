@@ -81,6 +81,10 @@ EMBEDDING: dict[str, Case] = {
     "embedding, no tokens": (lambda: nn.Embedding(23, 11), TOKENS[:0]),
     "embedding, large": (lambda: nn.Embedding(2003, 11), TOKENS * 87),
     "embedding, padding": (lambda: nn.Embedding(23, 11, padding_idx=int(TOKENS[0, 0])), TOKENS),
+    "embedding, padding, large": (
+        lambda: nn.Embedding(2003, 11, padding_idx=87 * int(TOKENS[0, 0])),
+        TOKENS * 87,
+    ),
     "embedding, max_norm": (lambda: nn.Embedding(23, 11, max_norm=1.5), TOKENS),
     "embedding, sparse": (lambda: nn.Embedding(23, 11, sparse=True), TOKENS),
 }
