@@ -103,10 +103,15 @@ def _side_tap(module: Any, y: Tensor, x: Tensor, kind: str, *geometry: int) -> T
         x = x.to(y.dtype)  # autocast: kept as the layer saw it
     function = FunctionalSideTap if is_traced() else SideTap
     return function.apply(
-        y, x, module._parameters["weight"], module._parameters["weight" + VALUES_SUFFIX],
+        y, x, _frozen_weight(module), module._parameters["weight" + VALUES_SUFFIX],
         target.indices, plan.positions, plan.rows, plan.columns,
         kind, plan.chunks, tuple(target.shape), geometry,
     )  # fmt: skip
+
+
+def _frozen_weight(module: Any) -> Tensor:
+    # Detached: no dense gradient even after model.requires_grad_().
+    return module._parameters["weight"].detach()
 
 
 def _is_plain(module: Any, x: Any) -> bool:
@@ -124,13 +129,13 @@ def _is_plain(module: Any, x: Any) -> bool:
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
     if _is_plain(self, input):
         return nn.Linear.forward(self, input)
-    y = F.linear(input, self._parameters["weight"], self.bias)
+    y = F.linear(input, _frozen_weight(self), self.bias)
     return _side_tap(self, y, input, "linear")
 
 
 def _gpt2_forward(self: Any, x: Tensor) -> Tensor:
     plain = _is_plain(self, x)
-    weight = self.weight if plain else self._parameters["weight"]
+    weight = self.weight if plain else _frozen_weight(self)
     y = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)
     y = y.view(x.size()[:-1] + (self.nf,))
     return y if plain else _side_tap(self, y, x, "transposed linear")
@@ -139,9 +144,7 @@ def _gpt2_forward(self: Any, x: Tensor) -> Tensor:
 def _embedding_forward(self: Any, input: Tensor) -> Tensor:
     if self.scale_grad_by_freq or _is_plain(self, input):
         return nn.Embedding.forward(self, input)
-    y = F.embedding(
-        input, self._parameters["weight"], self.padding_idx, self.max_norm, self.norm_type
-    )
+    y = F.embedding(input, _frozen_weight(self), self.padding_idx, self.max_norm, self.norm_type)
     padding = -1 if self.padding_idx is None else self.padding_idx
     return _side_tap(self, y, input, "embedding", padding)
 
@@ -156,7 +159,7 @@ def _conv_forward(stock: type[nn.Module], conv: Callable[..., Tensor]) -> Callab
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0,) * len(self.stride)
         y = conv(
-            input, self._parameters["weight"], self.bias,
+            input, _frozen_weight(self), self.bias,
             self.stride, padding, self.dilation, self.groups,
         )  # fmt: skip
         return _side_tap(
