@@ -76,6 +76,26 @@ void linear_cpu(uintptr_t score, const std::array<uintptr_t, 3>& grad,
   fisher_linear_cpu(call, num_threads);
 }
 
+void masked_cpu(uintptr_t out, uintptr_t left, uintptr_t right, uintptr_t indices,
+                const std::array<int64_t, 4>& sizes, const std::array<int64_t, 2>& strides,
+                int storage, bool wide_indices, int num_threads) {
+  for (uintptr_t address : {out, left, right, indices}) require_address(address, "an argument");
+  const MaskedGrad call = {pointer<float>(out),
+                           pointer<const void>(left),
+                           pointer<const void>(right),
+                           pointer<const void>(indices),
+                           sizes[0],
+                           sizes[1],
+                           sizes[2],
+                           sizes[3],
+                           strides[0],
+                           strides[1],
+                           static_cast<Storage>(storage),
+                           wide_indices};
+  py::gil_scoped_release release;
+  masked_grad_cpu(call, num_threads);
+}
+
 TopkPasses topk_passes(const std::vector<std::tuple<uintptr_t, int64_t, int>>& tensors,
                        int num_threads) {
   std::vector<ScoreTensor> scores;
@@ -221,6 +241,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("fisher_linear_cpu", &linear_cpu, py::arg("score"), py::arg("grad"), py::arg("x"),
         py::arg("starts"), py::arg("ends"), py::arg("sizes"), py::arg("power"),
         py::arg("num_threads"));
+  m.def("masked_grad_cpu", &masked_cpu, py::arg("out"), py::arg("left"), py::arg("right"),
+        py::arg("indices"), py::arg("sizes"), py::arg("strides"), py::arg("storage"),
+        py::arg("wide_indices"), py::arg("num_threads"));
   m.def("sparse_adam_cpu", &adam_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
   m.attr("SPARSE_SGD_ROW_BYTES") = sizeof(SparseSgdRow);
   m.attr("SPARSE_SGD_PLAN_BYTES") = sizeof(SgdPlan);

@@ -147,6 +147,22 @@ struct FisherLinear {
 
 void fisher_linear_cpu(const FisherLinear& call, int num_threads);
 
+// ---- masked_grad ------------------------------------------------------------------------------
+
+struct MaskedGrad {
+  float* out;           // [k]
+  const void* left;     // [num_samples, num_rows], samples left_stride apart
+  const void* right;    // [num_samples, num_columns], samples right_stride apart
+  const void* indices;  // [k] int32 or int64, ascending: row * num_columns + column
+  int64_t k, num_samples, num_rows, num_columns;
+  int64_t left_stride, right_stride;
+  Storage storage;       // of left and right
+  int32_t wide_indices;  // 1 if indices are int64
+};
+
+// out[e] = sum_t left[t, row_e] * right[t, column_e]
+void masked_grad_cpu(const MaskedGrad& call, int num_threads);
+
 // ---- topk_mask --------------------------------------------------------------------------------
 
 struct ScoreTensor {

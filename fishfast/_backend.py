@@ -24,6 +24,7 @@ __all__ = ["build_info", "choose", "compiled", "num_threads"]
 # What can run each operation on each kind of device, best first.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "fisher": {"cpu": ("cpu", "torch", "triton"), "cuda": ("triton", "torch")},
+    "masked_grad": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
     "topk_mask": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_adam": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_sgd": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},

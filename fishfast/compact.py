@@ -1,10 +1,9 @@
-"""Compact parameters and the gradient tap: how k values of a frozen weight are trained.
+"""Compact parameters: how k values of a frozen weight are trained.
 
 A masked weight W is frozen. Next to it, on the same module, a `CompactParameter` holds its k
-selected values as fp32 masters. Reading ``module.weight`` in grad mode passes W through the tap, an
-autograd function whose forward returns W itself and whose backward hands the compact parameter
-``dW[indices]``. The tap is a property on a per-instance subclass of the module's class, so any code
-that reads the attribute is covered, and uses of the weight in several places add up.
+selected values as fp32 masters. The module gets a per-instance subclass of its class, in which
+gradients find their way to them: by a property (`fishfast.gradient_tap`), and in known layers by a
+forward (`fishfast.masked_layers`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from fishfast.gradient_tap import VALUES_SUFFIX, tapped_property
+from fishfast.masked_grad import Plan
+from fishfast.masked_layers import has_own_forward, own_forward, plan_for
 
 __all__ = [
     "VALUES_SUFFIX",
@@ -30,8 +32,6 @@ __all__ = [
     "untap",
 ]
 
-VALUES_SUFFIX = "_values"
-
 
 class Target:
     """Where the values of a compact parameter live.
@@ -39,7 +39,12 @@ class Target:
     Args:
         owners: every (module, parameter name) that holds the weight; several when it is tied.
         indices: ascending flat indices of the selected weights, row-major.
+
+    Attributes:
+        plan: how calls of the owners compute the gradient; None if none of them does.
     """
+
+    plan: Plan | None = None
 
     def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor) -> None:
         self.owners = owners
@@ -78,6 +83,17 @@ class Target:
                 "assign=True?); tie it again, for instance with model.tie_weights() in no_grad mode"
             )
         return weight
+
+    def move(self, device: torch.device) -> None:
+        """Keep the indices where the weight is, and plan for that device."""
+        self.indices = self.indices.to(device)
+        if self.plan is None or self.plan.device != device:
+            self.plan = plan_for(self.owners, self.shape, self.indices)
+
+    def road(self) -> str:
+        """Return how gradients reach the values: by ``"rows"``, by the ``"tap"``, or by both."""
+        roads = {has_own_forward(module, name) for module, name in self.owners}
+        return "rows, tap" if len(roads) == 2 else "rows" if roads.pop() else "tap"
 
     def is_whole(self) -> bool:
         """Return whether every owner of the weight holds the same tensor."""
@@ -180,26 +196,6 @@ def _rebuild_compact(values: Tensor, requires_grad: bool) -> CompactParameter:
     return CompactParameter(values, None, requires_grad)
 
 
-class _GradientTap(torch.autograd.Function):
-    generate_vmap_rule = True  # for torch.func: per-sample gradients of the compact parameters
-
-    @staticmethod
-    def forward(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-        return weight.detach()  # shares memory and version counter, and is no view to autograd
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        if grad.is_sparse:  # nn.Embedding(sparse=True)
-            grad = grad.to_dense()
-        return None, grad.flatten().index_select(0, indices).float(), None
-
-
 class _TappedModule(nn.Module):
     """What a module with masked weights does differently. Mixed in before the module's class."""
 
@@ -226,7 +222,7 @@ class _TappedModule(nn.Module):
                     values.grad.data = _moved(values.grad.data, fn)
             weight = self._parameters[name]
             if weight is not None:
-                target.indices = target.indices.to(weight.device)
+                target.move(weight.device)
         return result
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -261,19 +257,6 @@ def _moved(values: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return moved if moved.dtype == values.dtype else values.to(moved.device)
 
 
-def _tapped_property(name: str) -> property:
-    values_name = name + VALUES_SUFFIX
-
-    def read(module: Any) -> Any:
-        weight = module._parameters[name]
-        values = module._parameters.get(values_name)
-        if values is None or not torch.is_grad_enabled():
-            return weight
-        return _GradientTap.apply(weight, values, module._masked[name].indices)
-
-    return property(read)
-
-
 def _flat_weights(module: Any) -> list[Any]:
     # nn.LSTM and its kin keep references to their weights in a list, past any attribute access.
     return [getattr(module, name, None) for name in module._flat_weights_names]
@@ -281,9 +264,11 @@ def _flat_weights(module: Any) -> list[Any]:
 
 @functools.cache
 def _tapped_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    namespace: dict[str, Any] = {name: _tapped_property(name) for name in names}
+    namespace: dict[str, Any] = {name: tapped_property(name) for name in names}
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
+    if "weight" in names and (forward := own_forward(base)):
+        namespace["forward"] = forward
     # repr, error messages and torch.compile show the module's own class name.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return types.new_class(
@@ -321,6 +306,7 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
         module.__class__ = _tapped_class(base, tuple(masked))
         module._masked = masked  # type: ignore[assignment]
         module.register_parameter(name + VALUES_SUFFIX, values)
+    target.move(target.indices.device)
     return values
 
 

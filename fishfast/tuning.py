@@ -76,11 +76,18 @@ class SparseTuning:
         return f"SparseTuning({type(self.model).__name__}, {self.mask!r})"
 
     def report(self) -> str:
-        """Return a table: each trained weight, its dtype, and how its gradient is caught."""
+        """Return a table: each trained weight, its dtype, and the road of its gradient.
+
+        On ``rows`` (linear, convolution and embedding layers) no dense gradient is made; on the
+        ``tap`` it lives for a moment. A weight of several modules may have both.
+        """
         rows = [
-            (name.removesuffix(VALUES_SUFFIX), str(p.target.weight().dtype), f"{len(p):,}", "tap")
+            (
+                name.removesuffix(VALUES_SUFFIX), str(p.target.weight().dtype), f"{len(p):,}",
+                p.target.road(),
+            )
             for name, p in self.named_parameters()
-        ]
+        ]  # fmt: skip
         table = tabulate(
             rows, headers=("parameter", "dtype", "trained", "road"), disable_numparse=True,
             colalign=("left", "left", "right", "left"),

@@ -1,0 +1,435 @@
+"""Masked layers within models: what surrounds them works as with dense gradients."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from copying import pickled, pickled_with_protocol_0, saved_by_torch
+from masked_grad_cases import CASES, assert_gradient, cotangent, masked_entries, tuned_layer
+from stepping import mask_of, same_bits
+from torch import Tensor, nn
+from train_only_modules import TOKENS, CalledTwice, Checkpointed, TiedNet, numbers
+from transformers.pytorch_utils import Conv1D
+
+import fishfast as ff
+from fishfast import masked_grad
+from fishfast.gradient_tap import GradientTap
+
+X = numbers(4, 7, 6)
+IMAGES = numbers(2, 3, 8, 8)
+
+
+def weights_mask(model: nn.Module, style: str = "few") -> ff.SparseMask:
+    """Return a mask over the weights of layers, of a plain model; biases have none."""
+    shapes = {n: p.shape for n, p in model.named_parameters() if p.dim() > 1}
+    return mask_of(model, {name: masked_entries(shape, style) for name, shape in shapes.items()})
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), Conv1D(8, 9), nn.Tanh(), nn.Linear(8, 5))
+
+
+def convs() -> nn.Module:
+    first = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
+    return nn.Sequential(first, nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3, stride=2, groups=2))
+
+
+def frozen_between() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.ReLU(inplace=True))
+
+
+class InPlace(nn.Module):
+    """Writes into the outputs of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.second = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens).mul_(2)
+        return self.second(self.first(x).relu_()).sigmoid_()
+
+
+class TiedToAttention(nn.Module):
+    """A weight that a layer's call and attention, which reads it, both use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.layer = nn.Linear(6, 6)
+        self.layer.weight = self.attention.out_proj.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.attention(x, x, x)[0])
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "deep": (deep, X),
+    "convs": (convs, IMAGES),
+    "frozen between": (frozen_between, X),
+    "in place": (InPlace, TOKENS),
+    "tied": (TiedNet, TOKENS),
+    "tied to attention": (TiedToAttention, X),
+    "called twice": (CalledTwice, X),
+    "checkpoint, reentrant": (lambda: Checkpointed(True), X),
+    "checkpoint": (lambda: Checkpointed(False), X),
+}
+
+
+def built(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, data = MODELS[name]
+    return make(), data
+
+
+def as_dtype(data: Tensor, dtype: torch.dtype) -> Tensor:
+    return data.to(dtype) if data.is_floating_point() else data
+
+
+def dense(model: nn.Module, data: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    model = copy.deepcopy(model).to(dtype)
+    model(as_dtype(data, dtype)).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_all(model: nn.Module, by_torch: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    compared = 0
+    for name, p in model.named_parameters():
+        if not name.endswith("_values"):
+            assert p.grad is None
+            continue
+        name = name.removesuffix("_values")
+        assert_gradient(p.grad, p.target.indices, by_torch[name], exact[name])
+        compared += bool(p.grad.any())
+    assert compared
+
+
+@pytest.mark.parametrize("style", ["few", "few rows", "all"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_a_model(name: str, style: str) -> None:
+    model, data = built(name)
+    by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
+    ff.train_only(model, weights_mask(model, style))
+    model(data).square().sum().backward()
+    assert_all(model, by_torch, exact)
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6"), reason="torch 2.6 cannot compile through the tap"
+)
+@pytest.mark.parametrize("name", ["deep", "convs", "in place", "tied", "called twice"])
+def test_compiled_model(name: str) -> None:
+    model, data = built(name)
+    by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
+    another = weights_mask(model, "few rows")
+    tuned = ff.train_only(model, weights_mask(model))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(data).square().sum().backward()
+    assert_all(model, by_torch, exact)
+    # Another mask is another plan: the compiled model must follow.
+    tuned.remask(another)
+    compiled(data).square().sum().backward()
+    assert_all(model, by_torch, exact)
+
+
+def test_autocast_keeps_inputs_in_its_dtype_and_sums_in_fp32() -> None:
+    model, data = built("deep")
+    exact = dense(model, data, torch.float64)
+    plain = copy.deepcopy(model)
+    kept: list[torch.dtype] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.dtype)
+        return tensor
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = plain(data)
+        out.float().square().sum().backward()
+        ff.train_only(model, weights_mask(model))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            assert same_bits(model(data), out)
+        model(data).float().square().sum().backward()
+    assert_all(model, {n: p.grad for n, p in plain.named_parameters()}, exact)
+    # Of a layer: its input and what its own backward keeps; fp32 are the weights, for the latter's.
+    assert kept.count(torch.bfloat16) >= 3
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "embedding", "gpt2"])
+def test_no_grad_is_the_plain_forward(name: str) -> None:
+    make, x = CASES[name]
+    layer = make()
+    with torch.no_grad():
+        expected = layer(x)
+        tuned_layer(layer, "few")
+        out = layer(x)
+    assert same_bits(out, expected)
+    assert out.grad_fn is None
+    assert same_bits(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, no bias", "conv2d", "gpt2"])
+def test_layer_keeps_its_input_only_for_masked_entries(name: str) -> None:
+    """A frozen layer keeps no input; a masked one keeps it once and no weight in another form."""
+    make, x = CASES[name]
+    x = x.clone().requires_grad_()
+
+    def kept(layer: nn.Module) -> list[int]:
+        found: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            found.append(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x)
+        return found
+
+    layer = make()
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    frozen = kept(layer)
+    tuned = tuned_layer(layer, "few")
+    (values,) = tuned.parameters()
+    weight = values.target.weight()
+    plan = values.target.plan
+    own = {t.data_ptr() for t in (weight, values, values.target.indices)}
+    own |= {t.data_ptr() for t in (plan.rows, plan.columns, plan.positions) if t is not None}
+    assert x.data_ptr() in kept(layer)
+    assert set(kept(layer)) <= {x.data_ptr(), *own, *frozen}
+    values.requires_grad_(False)
+    assert kept(layer) == frozen
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, pickled, pickled_with_protocol_0, saved_by_torch]
+)
+@pytest.mark.parametrize("name", ["deep", "convs", "in place"])
+def test_copy_has_its_own_plan(name: str, copied: Callable[[Any], Any]) -> None:
+    model, data = built(name)
+    by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
+    ff.train_only(model, weights_mask(model, "few rows"))
+    other = copied(model)
+    other(data).square().sum().backward()
+    assert_all(other, by_torch, exact)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_another_mask_and_the_released_model() -> None:
+    model, data = built("deep")
+    by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
+    another = weights_mask(model, "few columns")
+    tuned = ff.train_only(model, weights_mask(model, "few"))
+    model(data).square().sum().backward()
+    tuned.remask(another)
+    with tuned.released() as plain:
+        assert type(plain[0]) is nn.Linear
+        assert type(plain[2]) is Conv1D
+        plain(data).square().sum().backward()
+        assert same_bits(plain[0].weight.grad, by_torch["0.weight"])
+        plain.zero_grad()
+    model(data).square().sum().backward()
+    assert_all(model, by_torch, exact)
+
+
+@pytest.mark.gpu
+def test_moving_a_layer_moves_its_plan() -> None:
+    layer, x = nn.Linear(37, 29), numbers(5, 37)
+    by_torch, exact = (dense(layer, x, dtype) for dtype in (torch.float32, torch.float64))
+    (values,) = tuned_layer(layer, "few rows").parameters()
+    for device in ("cpu", "cuda", "cpu"):
+        layer.to(device).zero_grad()
+        assert values.target.plan.device.type == device
+        layer(x.to(device)).square().sum().backward()
+        assert_gradient(
+            values.grad.cpu(), values.target.indices.cpu(), by_torch["weight"], exact["weight"]
+        )
+
+
+def test_float64_layer() -> None:
+    """The compiled kernel has no float64; the product in chunks does."""
+    layer, x = nn.Linear(37, 29), numbers(5, 37)
+    exact = dense(layer, x, torch.float64)
+    (values,) = tuned_layer(layer, "few").parameters()
+    layer.double()
+    layer(x.double()).square().sum().backward()
+    entries = values.target.indices.long()
+    assert same_bits(values.grad, exact["weight"].flatten()[entries].float())
+
+
+# --- derivatives of derivatives ---
+
+
+@pytest.mark.parametrize("style", ["few", "all"])
+@pytest.mark.parametrize("name", ["deep", "convs", "frozen between"])
+def test_penalty_on_the_gradient_of_the_input(name: str, style: str) -> None:
+    model, data = built(name)
+
+    def penalty(model: nn.Module, data: Tensor) -> None:
+        data = data.clone().requires_grad_()
+        out = model(data).square().sum()
+        (grad,) = torch.autograd.grad(out, data, create_graph=True)
+        grad.square().sum().backward()
+
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    penalty(plain, data)
+    penalty(exact, data.double())
+    ff.train_only(model, weights_mask(model, style))
+    penalty(model, data)
+    assert_all(
+        model,
+        *({n: p.grad for n, p in other.named_parameters()} for other in (plain, exact)),
+    )
+
+
+def test_the_gradient_of_the_values_is_not_differentiated_silently() -> None:
+    model, data = built("deep")
+    tuned = ff.train_only(model, weights_mask(model))
+    loss = model(data).square().sum()
+    grads = torch.autograd.grad(loss, list(tuned.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(grad.sum() for grad in grads).backward()
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6"), reason="torch 2.6's vmap takes no int32 indices"
+)
+@pytest.mark.parametrize("name", ["deep", "convs", "in place"])
+@pytest.mark.parametrize("style", ["few", "few rows"])
+def test_per_sample_gradients(name: str, style: str) -> None:
+    model, data = built(name)
+    tuned = ff.train_only(model, weights_mask(model, style))
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (sample,)).square().sum()
+
+    loss(parameters, data).backward()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, data)
+    for key, values in tuned.named_parameters():
+        for sample, grad in zip(data, each[key], strict=True):
+            (alone,) = torch.autograd.grad(loss(parameters, sample), values)
+            torch.testing.assert_close(grad, alone)
+        torch.testing.assert_close(each[key].sum(0), values.grad)
+
+
+# --- who is on the road ---
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class OwnConv(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight.tanh(), bias)
+
+
+class Renamed(nn.Linear):
+    """A subclass that changes nothing."""
+
+
+ROADS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    "own forward": (lambda: OwnForward(6, 5), X, "tap"),
+    "own conv": (lambda: OwnConv(3, 4, 3), IMAGES, "tap"),
+    "renamed": (lambda: Renamed(6, 5), X, "rows"),
+    "transposed conv": (lambda: nn.ConvTranspose2d(3, 4, 3), IMAGES, "tap"),
+    "scale_grad_by_freq": (lambda: nn.Embedding(11, 6, scale_grad_by_freq=True), TOKENS, "tap"),
+    "tied to attention": (TiedToAttention, X, "rows, tap"),
+    "tied": (TiedNet, TOKENS, "rows"),
+}
+
+
+@pytest.mark.parametrize("name", ROADS)
+def test_report_names_the_road(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, data, road = ROADS[name]
+    torch.manual_seed(0)
+    model = make()
+    by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
+    tuned = ff.train_only(model, weights_mask(model))
+    (line,) = [
+        line for line in tuned.report().splitlines() if line.endswith(("tap", "rows"))
+        and ("attention.out_proj.weight" in line or name != "tied to attention")
+    ]  # fmt: skip
+    assert line.split("  ")[-1].strip() == road
+    taps: list[int] = []
+    apply = GradientTap.apply
+    monkeypatch.setattr(GradientTap, "apply", lambda *args: taps.append(1) or apply(*args))
+    model(data).square().sum().backward()
+    assert bool(taps) == ("tap" in road)
+    assert_all(model, by_torch, exact)
+
+
+def test_wrapped_forward_is_recognised() -> None:
+    """As accelerate's hooks wrap it: before the mask it is another's forward, after it is ours."""
+    layer = nn.Linear(6, 5)
+    found = layer.forward
+    layer.forward = functools.update_wrapper(functools.partial(found), found)
+    assert tuned_layer(layer, "few").report().endswith("tap")
+    layer(X).sum().backward()
+
+    layer = nn.Linear(6, 5)
+    tuned = tuned_layer(layer, "few")
+    ours = layer.forward
+    layer.forward = functools.update_wrapper(functools.partial(ours), ours)
+    assert tuned.report().endswith("rows")
+    layer(X).sum().backward()
+    assert next(tuned.parameters()).grad.any()
+
+
+# --- memory ---
+
+
+@pytest.fixture
+def peak_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import harness
+
+    assert "bench" in str(sys.modules["harness"].__file__)
+    return lambda run: harness.peak_bytes(run, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("style", ["few", "some"])
+@pytest.mark.parametrize(
+    ("make", "x", "dense_bytes"),
+    [
+        (lambda: nn.Linear(512, 1024), numbers(16, 512), 4 * 512 * 1024),
+        (lambda: Conv1D(1024, 512), numbers(16, 512), 4 * 512 * 1024),
+        (lambda: nn.Conv1d(256, 512, 4), numbers(2, 256, 6), 4 * 256 * 512 * 4),
+        (lambda: nn.Embedding(8192, 64), TOKENS, 4 * 8192 * 64),
+    ],
+    ids=["linear", "gpt2", "conv", "embedding"],
+)
+def test_no_dense_gradient_lives(
+    make: Callable[[], nn.Module],
+    x: Tensor,
+    dense_bytes: int,
+    style: str,
+    peak_bytes: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scratch = 2**17
+    monkeypatch.setattr(masked_grad, "_SCRATCH_BYTES", {"cpu": scratch, "cuda": scratch})
+    layer = make()
+    plain = copy.deepcopy(layer)
+    (values,) = tuned_layer(layer, style).parameters()
+    peaks = []
+    for module in (layer, plain):
+        out = module(x)
+        grad = cotangent(out)
+        peaks.append(peak_bytes(lambda out=out, grad=grad: out.backward(grad)))
+    k_bytes = values.numel() * 4
+    # Per entry: its gradient, twice where it is added up, and for an embedding its row and column.
+    allowed = 2 * scratch + 16 * out.numel() + 12 * k_bytes
+    assert peaks[0] <= min(allowed, dense_bytes + k_bytes - 1), peaks
+    if style == "few":
+        assert peaks[0] < dense_bytes / 2
+    assert peaks[1] >= dense_bytes
