@@ -35,8 +35,8 @@ _SCRATCH_BYTES = {"cuda": 2**24, "cpu": 2**22}
 # the copies cost a GPU what the smaller product saves.
 _FEW = 0.75
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/storage.h
-# Multiplications that keep a thread busy for longer than its start takes.
-_PER_THREAD = 2**21
+# Multiplications that keep one thread busy for longer than a start of all takes.
+_SERIAL = 2**21
 # On the CPU, the part of the weight from which the product in chunks is faster than k sums.
 _DENSE = 0.1
 
@@ -318,14 +318,13 @@ def _sums(
     left, right = (t if t.stride(1) == 1 else t.contiguous() for t in (_rows_of(grad), _rows_of(x)))
     if kind == "transposed linear":
         left, right = right, left
-    useful_threads = 1 + len(indices) * len(left) // _PER_THREAD
     _backend.compiled().masked_grad_cpu(
         *(t.data_ptr() for t in (out, left, right, indices)),
         sizes=(len(indices), len(left), *shape),
         strides=(left.stride(0), right.stride(0)),
         storage=storage,
         wide_indices=indices.dtype == torch.int64,
-        num_threads=min(_backend.num_threads(), useful_threads),
+        num_threads=1 if len(indices) * len(left) < _SERIAL else _backend.num_threads(),
     )
     return True
 
