@@ -57,8 +57,7 @@ class Adam(SparseOptimizer):
         foreach: as in torch; ignored, for a step is one launch in any case.
         maximize: ascend instead of descend.
         capturable: count the steps and read a tensor ``lr``, ``found_inf`` and ``grad_scale`` on
-            the device: nothing waits for it, and a CUDA graph can hold the step. See
-            `SparseOptimizer.step`.
+            the device: nothing waits for it, and a CUDA graph can hold the step; `step` says how.
         differentiable: must be False.
         fused: ignored as ``foreach`` is.
         decoupled_weight_decay: decay as `AdamW` does.
@@ -197,8 +196,7 @@ class AdamW(Adam):
         foreach: as in torch; ignored, for a step is one launch in any case.
         maximize: ascend instead of descend.
         capturable: count the steps and read a tensor ``lr``, ``found_inf`` and ``grad_scale`` on
-            the device: nothing waits for it, and a CUDA graph can hold the step. See
-            `SparseOptimizer.step`.
+            the device: nothing waits for it, and a CUDA graph can hold the step; `step` says how.
         differentiable: must be False.
         fused: ignored as ``foreach`` is.
         backend: ``"auto"``, ``"cuda"``, ``"cpu"`` (compiled) or ``"torch"``.

@@ -47,8 +47,7 @@ class SGD(SparseOptimizer):
         maximize: ascend instead of descend.
         foreach: as in torch; ignored, for a step is one launch in any case.
         capturable: count the steps and read a tensor ``lr``, ``found_inf`` and ``grad_scale`` on
-            the device: nothing waits for it, and a CUDA graph can hold the step. See
-            `SparseOptimizer.step`.
+            the device: nothing waits for it, and a CUDA graph can hold the step; `step` says how.
         differentiable: must be False.
         fused: ignored as ``foreach`` is.
         backend: ``"auto"``, ``"cuda"``, ``"cpu"`` (compiled) or ``"torch"``.
