@@ -17,7 +17,7 @@ from tabulate import tabulate
 __all__ = ["Change", "changes", "main"]
 
 # What a time depends on, beside the code.
-_SAME_MACHINE = ("device", "driver", "threads", "rehearsal")
+_ALIKE = ("device", "driver", "threads", "rehearsal", "set")
 
 
 class Change(NamedTuple):
@@ -75,9 +75,9 @@ def main(context: click.Context, old: Path, new: Path, tolerance: float) -> None
     before, after = read(old), read(new)
     old_machine, new_machine = before.machine, after.machine
     old_figures, new_figures = _by_name(before), _by_name(after)
-    for key in _SAME_MACHINE:
+    for key in _ALIKE:
         if old_machine.get(key) != new_machine.get(key):
-            click.echo(f"not one machine: {key} {old_machine.get(key)} / {new_machine.get(key)}")
+            click.echo(f"not alike: {key} {old_machine.get(key)} / {new_machine.get(key)}")
     found = changes(old_figures, new_figures, tolerance)
     rows = [(c.name, f"{c.old:.4g}", f"{c.new:.4g}", f"{c.ratio:.2f}", c.verdict) for c in found]
     headers = ("case", f"us at {old_machine.get('commit')}", f"us at {new_machine.get('commit')}",

@@ -16,6 +16,7 @@ import pytest
 import torch
 from machine import full_size, machine, machine_line
 
+_WEIGHTS = {"fisher": 2}  # whole models, forward and backward, each against every peer
 _STATE = pytest.StashKey["_Run"]()
 
 
@@ -35,7 +36,9 @@ class _Run:
         """Return whether the file's share is used up; what it leaves, the files after it have."""
         if self.budget is None:
             return False
-        share = (list(self.counts).index(file) + 1) / len(self.counts)
+        files = list(self.counts)
+        weights = [_WEIGHTS.get(name, 1) for name in files]
+        share = sum(weights[: files.index(file) + 1]) / sum(weights)
         return time.monotonic() - self.start > share * self.budget
 
     def announce(self, file: str) -> None:

@@ -62,6 +62,14 @@ def markdown(run: Run, pictures: Iterable[tuple[str, str]]) -> str:
 def _section(run: Run, stage: str) -> list[str]:
     cases = run.cases(stage)
     lines = table(cases) if cases else ["No figure."]
+    further = [
+        f"- {case.title}: {case.ours['times_floor_further']:.2f} x floor"
+        for case in cases
+        if case.ours and "times_floor_further" in case.ours
+    ]
+    if further:
+        lines += ["", "fishfast per batch after the first, which is searched for its samples:", ""]
+        lines += further
     for kind, entries in (("Not measured", run.skipped), ("No figure: failed", run.failed)):
         counts = Counter(
             (entry["contender"], entry["reason"]) for entry in entries if entry["stage"] == stage

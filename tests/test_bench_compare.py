@@ -69,7 +69,7 @@ def test_other_machines_and_cases_are_named(tmp_path):
     old = file_of(tmp_path, "old.json", {"a": (1, 1, 1), "gone": (1, 1, 1)})
     new = file_of(tmp_path, "new.json", {"a": (1, 1, 1), "added": (1, 1, 1)}, device="another")
     output = run(old, new).output
-    assert "not one machine: device a card / another" in output
+    assert "not alike: device a card / another" in output
     assert "not in new.json: gone" in output
     assert "not in old.json: added" in output
 

@@ -184,9 +184,9 @@ def test_each_file_has_its_share_of_the_time(harness: Any, monkeypatch: pytest.M
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
     run = conftest._Run()
-    files = ["fisher", "topk_mask", "train_step"]
+    files = ["sparse_adam", "topk_mask", "train_step"]
     run.counts, run.start = dict.fromkeys(files, 5), 1000.0
-    for now, spent in ((29.0, []), (31.0, ["fisher"]), (61.0, files[:2]), (91.0, files)):
+    for now, spent in ((29.0, []), (31.0, ["sparse_adam"]), (61.0, files[:2]), (91.0, files)):
         monkeypatch.setattr(conftest.time, "monotonic", lambda now=now: 1000 + now)
         assert [file for file in files if run.spent(file)] == spent
     monkeypatch.delenv("FISHFAST_BENCH_SECONDS")

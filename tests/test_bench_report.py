@@ -79,7 +79,8 @@ def test_the_floor_is_marked_and_wins_nothing(tmp_path):
     labels = {"floor_name": "forward + backward", "us_per_sample": 10.0, "peak_bytes": 5 * 2**30}
     figures = [
         figure("fisher", "BERT", "forward + backward", 80.0, **labels),
-        figure("fisher", "BERT", "fishfast", 88.0, **{**labels, "us_per_sample": 11.0}),
+        figure("fisher", "BERT", "fishfast", 88.0, **{**labels, "us_per_sample": 11.0},
+               times_floor_further=1.067),
         figure("fisher", "BERT", "loop", 40.0, **{**labels, "us_per_sample": 40.0},
                times_fishfast=3.5),  # in turns with the floor, and scored fewer samples
     ]  # fmt: skip
@@ -90,6 +91,7 @@ def test_the_floor_is_marked_and_wins_nothing(tmp_path):
         ["loop", "40.0 us", "3.50"],
     ]
     assert "5.00 GiB" in text
+    assert "after the first, which is searched for its samples:\n\n- BERT: 1.07 x floor\n" in text
     assert "time per sample" in text
 
 

@@ -34,6 +34,8 @@ exit 0
 SANITIZER = """#!/usr/bin/env bash
 echo "sanitizer $*" >>"$LOG"
 [ -n "$REFUSES" ] && echo "Device not supported"
+[ "$*" = --help ] && echo "  --kernel-regex arg" && exit 0
+[ -n "$MUTE" ] || echo "========= ERROR SUMMARY: 0 errors"
 [ -n "$FINDS" ] && [[ "$*" == *"$FINDS"* ]] && exit 99
 exit 0
 """
@@ -62,7 +64,7 @@ class Script:
 
     def __call__(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
         self.log.write_text("")
-        names = ("ARCH", "LACKS", "BROKEN", "SLOW", "REFUSES", "FINDS")
+        names = ("ARCH", "LACKS", "BROKEN", "SLOW", "REFUSES", "FINDS", "MUTE")
         environment = {**dict.fromkeys(names, ""), **environment, "LOG": str(self.log)}
         environment["PATH"] = f"{self.bin}:/usr/bin:/bin"
         environment["CUDA_HOME"] = "/nowhere"
@@ -161,11 +163,14 @@ def test_the_four_sanitizers_run_on_a_card(script: Script) -> None:
     assert script.summary() == dict.fromkeys(PARTS, "ok")
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         assert script.calls(f"sanitizer --tool {tool}") == 1
-    assert script.calls("fingerprints.py run cuda") == 5
+    assert script.calls("initcheck --error-exitcode 99 --kernel-regex kns=fishfast") == 1
+    assert (script.out / "sanitize.done").exists()
     assert script.calls("-m gpu") == 1
     result = script("--only", "sanitize", ARCH="90", FINDS="racecheck")
     assert result.returncode == 1
-    assert "errors found by: racecheck" in result.stdout
+    assert "errors found by: racecheck\n" in result.stdout
+    result = script("--only", "sanitize", ARCH="90", MUTE="yes")
+    assert "errors found by: memcheck, which gave no summary" in result.stdout
 
 
 @pytest.mark.parametrize(
