@@ -66,6 +66,8 @@ class Run:
         self.accelerator = Accelerator(
             gradient_accumulation_steps=2, mixed_precision=args.mixed_precision, cpu=args.smoke
         )
+        if args.smoke and self.accelerator.num_processes > 1:
+            raise SystemExit("--smoke is for one process; start it without accelerate launch")
         train, val = loaders(args)
         model = base_model(args).to(self.accelerator.device)
         # Every process scores the same samples; a run that is resumed makes the same mask again.

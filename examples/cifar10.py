@@ -141,6 +141,7 @@ def main() -> None:
         if args.smoke:
             args.blocks, args.width, args.output = (1, 1, 1, 1), 8, scratch
             args.epochs, args.rise_epochs, args.batch_size, args.lr = 4, 1, 32, 0.1
+            args.num_samples = 128
             train, test = drawn_images(200, seed=0), drawn_images(100, seed=1)
         else:
             train, test = read_cifar10(args.data)

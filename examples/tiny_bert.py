@@ -1,7 +1,7 @@
 """What `--smoke` runs on instead of a download: a tiny BERT and a few sentences.
 
-The BERT is random, not pre-trained: it shows that everything works, not how well. Half of such a
-small random net has to be trained before it learns anything; of a pre-trained one, 0.5 %.
+The BERT is random, not pre-trained: it shows that everything works, not how well. Fisher scores
+say little about a random net, so the smoke runs train half of it; of a pre-trained one, 0.5 %.
 """
 
 from __future__ import annotations
