@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fishfast.gradient_tap import VALUES_SUFFIX, tapped_property
-from fishfast.masked_grad import Plan
+from fishfast.masked_grad_plan import Plan
 from fishfast.masked_layers import has_own_forward, own_forward, plan_for
 
 __all__ = [

@@ -20,7 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fishfast.gradient_tap import VALUES_SUFFIX, GradientTap
-from fishfast.masked_grad import Plan, input_grad, is_traced, masked_grad
+from fishfast.masked_grad import is_traced, masked_grad
+from fishfast.masked_grad_plan import Plan
+from fishfast.masked_grad_products import input_grad
 
 __all__ = ["SideTap", "has_own_forward", "own_forward", "plan_for"]
 
@@ -228,4 +230,6 @@ def plan_for(
     layers = [module for module, name in owners if has_own_forward(module, name)]
     if not layers:
         return None
+    if all(isinstance(module, nn.Embedding) for module in layers):
+        return Plan.without_chunks(indices.device)
     return Plan.of(shape, indices, max(getattr(module, "groups", 1) for module in layers))

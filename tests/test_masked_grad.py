@@ -20,8 +20,8 @@ from torch import nn
 from train_only_modules import numbers
 
 import fishfast as ff
-from fishfast import masked_grad
-from fishfast.masked_grad import Plan
+from fishfast import masked_grad, masked_grad_plan
+from fishfast.masked_grad_plan import Plan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -31,10 +31,10 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """How the gradient of a linear layer or a convolution is computed."""
     if request.param == "sums" and ff.build_info()["operations"]["masked_grad"]["cpu"] != "cpu":
         pytest.skip("the extension is not compiled")
-    monkeypatch.setattr(masked_grad, "_DENSE", 1.0 if request.param == "sums" else -1.0)
+    monkeypatch.setattr(masked_grad_plan, "_DENSE", 1.0 if request.param == "sums" else -1.0)
     if request.param == "small chunks":
-        scratch = dict.fromkeys(masked_grad._SCRATCH_BYTES, 4 * 37 * 4)
-        monkeypatch.setattr(masked_grad, "_SCRATCH_BYTES", scratch)
+        scratch = dict.fromkeys(masked_grad_plan._SCRATCH_BYTES, 4 * 37 * 4)
+        monkeypatch.setattr(masked_grad_plan, "_SCRATCH_BYTES", scratch)
     return request.param
 
 
@@ -121,7 +121,7 @@ def test_sums_over_many_entries_rows_and_blocks() -> None:
 
 
 def test_plan_takes_rows_and_columns_with_entries_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_grad, "_DENSE", -1.0)
+    monkeypatch.setattr(masked_grad_plan, "_DENSE", -1.0)
     shape = (6, 5)
     entries = torch.tensor([1 * 5 + 0, 1 * 5 + 3, 4 * 5 + 3], dtype=torch.int32)
     plan = Plan.of(shape, entries)
@@ -135,9 +135,9 @@ def test_plan_takes_rows_and_columns_with_entries_only(monkeypatch: pytest.Monke
 
 
 def test_plan_skips_chunks_without_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_grad, "_DENSE", -1.0)
-    monkeypatch.setattr(masked_grad, "_FEW", 0.0)
-    monkeypatch.setattr(masked_grad, "_SCRATCH_BYTES", {"cpu": 2 * 4 * 5, "cuda": 0})
+    monkeypatch.setattr(masked_grad_plan, "_DENSE", -1.0)
+    monkeypatch.setattr(masked_grad_plan, "_FEW", 0.0)
+    monkeypatch.setattr(masked_grad_plan, "_SCRATCH_BYTES", {"cpu": 2 * 4 * 5, "cuda": 0})
     entries = torch.tensor([0, 9, 40, 44], dtype=torch.int32)  # rows 0, 1, 8 and 8 of 10
     plan = Plan.of((10, 5), entries)
     assert plan.chunks == (0, 2, 0, 2, 8, 10, 2, 4)
@@ -148,7 +148,7 @@ def test_plan_skips_chunks_without_entries(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("per_group", [1, 3, 4])
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 100])
 def test_chunks_are_whole_groups_or_within_one(per_group: int, most: int) -> None:
-    bounds = masked_grad._bounds(12, per_group, most)
+    bounds = masked_grad_plan._bounds(12, per_group, most)
     assert [row for start, end in bounds for row in range(start, end)] == list(range(12))
     for start, end in bounds:
         assert end - start <= max(1, most)
@@ -157,5 +157,5 @@ def test_chunks_are_whole_groups_or_within_one(per_group: int, most: int) -> Non
 
 
 def test_plan_of_one_chunk_needs_no_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_grad, "_DENSE", -1.0)
+    monkeypatch.setattr(masked_grad_plan, "_DENSE", -1.0)
     assert Plan.of((8, 8), masked_entries(torch.Size((8, 8)), "all")).positions is None

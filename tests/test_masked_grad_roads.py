@@ -19,7 +19,7 @@ from train_only_modules import TOKENS, CalledTwice, Checkpointed, TiedNet, numbe
 from transformers.pytorch_utils import Conv1D
 
 import fishfast as ff
-from fishfast import masked_grad
+from fishfast import masked_grad_plan
 from fishfast.gradient_tap import GradientTap
 
 X = numbers(4, 7, 6)
@@ -417,7 +417,7 @@ def test_no_dense_gradient_lives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scratch = 2**17
-    monkeypatch.setattr(masked_grad, "_SCRATCH_BYTES", {"cpu": scratch, "cuda": scratch})
+    monkeypatch.setattr(masked_grad_plan, "_SCRATCH_BYTES", {"cpu": scratch, "cuda": scratch})
     layer = make()
     plain = copy.deepcopy(layer)
     (values,) = tuned_layer(layer, style).parameters()
