@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+# An optimizer's first step imports it, when its default arguments would hold the group, whose
+# threads would outlive destroy_process_group and may abort the process at its end.
+import torch.distributed.nn
 from stepping import same_bits, state_of
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
