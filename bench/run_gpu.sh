@@ -13,9 +13,12 @@
 # A part that is done leaves PART.done and is not repeated while the sources stay the same, unless
 # --only names it or --again is given: a run that was cut short goes on where it was. A part that
 # fails stops only what needs it. Exit code: 0 all is well, 1 a part failed, 3 a part could not be
-# run here. OUT_DIR gets summary.txt, bench.json, report.md and results.tar.gz with all of it; logs
-# and markers lie beside them, or in --work DIR where few files or a fresh OUT_DIR are wanted. The
-# time is shared out so that all parts together stay within --minutes (default 9.5; 30 without GPU).
+# run here. OUT_DIR gets summary.txt, bench.json, report.md with its four pictures, and
+# results.tar.gz with all of it; logs and markers lie beside them, or in --work DIR where few files
+# are wanted or OUT_DIR does not last. The time is shared out so that all parts together stay within
+# --minutes (default 9.5; 30 without a GPU). FISHFAST_COMMIT names the commit of a copy without git.
+#
+# More benchmarks than a tenth of an hour holds: --only bench,report --minutes 30 afterwards.
 #
 # Without a GPU it is a REHEARSAL, said loudly and marked in the JSON: the same parts on the CPU and
 # the simulated kernels at toy size, so that CI tests the script itself.
@@ -127,6 +130,7 @@ part_bench() {
   else
     export FISHFAST_BENCH=toy
   fi
+  rm -f "$work/bench.json" "$work/report.done"
   export FISHFAST_BENCH_SECONDS=$((limit * 85 / 100)) # the case in hand ends, and the JSON is saved
   "$python" -m pytest bench -s --benchmark-enable --benchmark-quiet \
     --benchmark-json="$work/bench.json"
@@ -170,8 +174,8 @@ publish() { # after every part: a time limit from outside loses nothing
   } >"$work/summary.txt"
   local file
   if [ "$work" != "$out" ]; then
-    for file in summary.txt bench.json report.md; do
-      if [ -f "$work/$file" ]; then cp "$work/$file" "$out/"; fi
+    for file in "$work"/{summary.txt,bench.json,report.md} "$work"/*.png; do
+      if [ -f "$file" ]; then cp "$file" "$out/"; fi
     done
   fi
   (cd "$work" && find . -maxdepth 1 -type f ! -name 'results.tar.gz*' -print0 \

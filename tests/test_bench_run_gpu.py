@@ -110,6 +110,9 @@ def test_what_is_done_is_not_repeated(script: Script) -> None:
     assert script.calls("bench/report.py") == 1
     script("--only", "build")  # named: again
     assert script.calls("pip install") == 1
+    script("--only", "bench")  # what is drawn from it is no longer right
+    script()
+    assert (script.calls("--benchmark-json"), script.calls("bench/report.py")) == (0, 1)
     script("--again")
     assert (script.calls("pip install"), script.calls("fingerprints.py run")) == (1, 2)
 
@@ -195,9 +198,11 @@ def test_missing_packages_are_named_and_the_rest_runs(script: Script) -> None:
 
 
 def test_another_folder_for_logs_leaves_few_files(script: Script, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "training.png").touch()  # as bench/report.py draws
     script("--work", str(tmp_path / "work"))
     assert {f.name for f in script.out.iterdir()} == {
-        "summary.txt", "bench.json", "results.tar.gz",
+        "summary.txt", "bench.json", "training.png", "results.tar.gz",
     }  # fmt: skip
     assert (tmp_path / "work" / "build.done").exists()
 
