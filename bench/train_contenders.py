@@ -10,6 +10,7 @@ on a model is `Unavailable` with the reason.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -190,7 +191,7 @@ def prepare(name: str, workload: Workload, budget: Budget, masks: Masks) -> Trai
 
 def _fishfast(mask: str) -> Build:
     def build(workload: Workload, budget: Budget, masks: Masks) -> Training:
-        tuned = ff.train_only(workload.model, masks[mask])
+        tuned = ff.train_only(workload.model, copy.deepcopy(masks[mask]))  # its memory counts too
         parameters: list[nn.Parameter] = list(tuned.parameters())
         optimizer = ff.AdamW(parameters, lr=LEARNING_RATE)
         return Training(workload.model, workload, parameters, optimizer, handle=tuned)
