@@ -25,8 +25,8 @@ _SCRATCH_BYTES = {"cuda": 2**24, "cpu": 2**22}
 # the product then takes 0.6 of its time on a CPU, at 0.9 the copies cost what it saves; by counted
 # bytes and flops a GPU breaks even near 0.75.
 _FEW = 0.75
-# On the CPU, the part of the weight up to which k sums are taken one by one: at 1024 samples in fp32
-# they are 10 times as fast as the product at 0.5 %, 1.4 to 2 times at 10 %, and slower at 20 %.
+# On the CPU, the part of the weight up to which k sums are taken one by one: in fp32 they are 10
+# times as fast as the product at 0.5 %, 1.4 to 2 times at 10 %, and slower at 20 %.
 _DENSE = 0.1
 
 
