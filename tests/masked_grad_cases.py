@@ -85,7 +85,7 @@ EMBEDDING: dict[str, Case] = {
         lambda: nn.Embedding(2003, 11, padding_idx=87 * int(TOKENS[0, 0])),
         TOKENS * 87,
     ),
-    "embedding, max_norm": (lambda: nn.Embedding(23, 11, max_norm=1.5), TOKENS),
+    "embedding, max_norm": (lambda: nn.Embedding(23, 11, max_norm=1.5, norm_type=1.0), TOKENS),
     "embedding, sparse": (lambda: nn.Embedding(23, 11, sparse=True), TOKENS),
 }
 CASES = {**LINEAR, **CONV, **EMBEDDING}

@@ -162,6 +162,17 @@ def test_autocast_keeps_inputs_in_its_dtype_and_sums_in_fp32() -> None:
     assert kept.count(torch.bfloat16) >= 3
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_forward_is_the_plain_one(name: str) -> None:
+    torch.manual_seed(0)
+    make, x = CASES[name]
+    layer = make()
+    plain = copy.deepcopy(layer)
+    tuned_layer(layer, "few")
+    assert same_bits(layer(x), plain(x))
+    assert same_bits(layer.state_dict()["weight"], plain.weight)  # max_norm changes it
+
+
 @pytest.mark.parametrize("name", ["linear", "conv2d", "embedding", "gpt2"])
 def test_no_grad_is_the_plain_forward(name: str) -> None:
     make, x = CASES[name]
@@ -366,6 +377,17 @@ def test_report_names_the_road(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     model(data).square().sum().backward()
     assert bool(taps) == ("tap" in road)
     assert_all(model, by_torch, exact)
+
+
+def test_option_that_leaves_the_road_is_seen_in_each_call() -> None:
+    layer, plain = nn.Embedding(11, 6), nn.Embedding(11, 6, scale_grad_by_freq=True)
+    tuned = tuned_layer(layer, "some")
+    layer.scale_grad_by_freq = True
+    assert tuned.report().endswith("tap")
+    for module in (layer, plain):
+        module(TOKENS).sum().backward()
+    (values,) = tuned.parameters()
+    assert same_bits(values.grad, plain.weight.grad.flatten()[tuned.mask["weight"].long()])
 
 
 def test_wrapped_forward_is_recognised() -> None:
