@@ -52,5 +52,5 @@ def bench_sweep(
 ) -> None:
     """Time one way to score."""
     pytest.importorskip("transformers", reason="the BERT is that of transformers: not installed")
-    sizes = {"length": length, "batch_size": batch, "batches": 3}
+    sizes = {"length": length, "batch_size": batch, "batches": 6}
     score_and_record(benchmark, contender, load("bert", device, **_MODEL[_KIND], **sizes))

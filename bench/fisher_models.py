@@ -128,7 +128,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> 
 
 def _fewer() -> dict[str, int]:
     """Fewer batches where minutes count: only the share of the first one changes with them."""
-    return {"batches": 3} if short_set() else {}
+    return {"batches": 4} if short_set() else {}
 
 
 def _set_statistics(workload: Workload) -> None:

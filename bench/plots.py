@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import textwrap
 from collections.abc import Callable
@@ -94,7 +95,12 @@ def _step(run: Run) -> Figure:
 
 
 def _fisher(run: Run) -> Figure:
-    sweeps = {size: _sweeps(run, "fisher_sweep", size)[0][1] for size in ("length", "batch")}
+    sweeps = {}
+    for size in ("length", "batch"):
+        with contextlib.suppress(_NotDrawn):
+            sweeps[size] = _sweeps(run, "fisher_sweep", size)[0][1]
+    if not sweeps:
+        raise _NotDrawn("stage fisher_sweep has no two values of length or batch in this file")
     figure, axes = plt.subplots(2, len(sweeps), figsize=(5.2 * len(sweeps), 7.0), squeeze=False)
     for column, (size, rows) in enumerate(sweeps.items()):
         _lines(axes[0][column], rows, size, "us_per_sample", 1e-3, run, floor=False)

@@ -87,9 +87,14 @@ def _times(count: int) -> str:
 
 
 def _missing(run: Run, stage: str, cases: list[Case]) -> list[str]:
-    """Name each contender that some cases of the stage have and others lack without a word."""
+    """Name each contender that some cases of the stage have and others lack without a word.
+
+    A case that was skipped before it had a title is known by its parameters alone: it stands for
+    every case that its contender lacks.
+    """
+    titles = {case.title for case in cases}
     explained = {
-        (entry["case"], entry["contender"])
+        (entry["case"] if entry["case"] in titles else None, entry["contender"])
         for entry in [*run.skipped, *run.failed]
         if entry["stage"] == stage
     }
@@ -100,7 +105,7 @@ def _missing(run: Run, stage: str, cases: list[Case]) -> list[str]:
             case.title
             for case in cases
             if all(row["contender"] != contender for row in case.rows)
-            and (case.title, contender) not in explained
+            and explained.isdisjoint({(case.title, contender), (None, contender)})
         ]
         if lacking:
             named = "; ".join(lacking[:3]) + (f"; {len(lacking) - 3} more" * (len(lacking) > 3))

@@ -98,10 +98,15 @@ def test_the_floor_is_marked_and_wins_nothing(tmp_path):
 def test_what_has_no_figure_is_named(tmp_path):
     figures = topk(1000, 5.0, 6.0) + topk(2000, 5.0, 6.0)[:1]
     gone = {"stage": "train_step", "case": "BERT", "contender": "LoRA", "reason": "needs peft"}
+    late = {"stage": "topk_mask", "case": "2000, 20", "contender": "slow", "reason": "no time left"}
+    figures.append(figure("topk_mask", "n=1000", "slow", 7.0))
     wrong = {"stage": "topk_mask", "case": "n=1", "contender": "CUB", "reason": "it is wrong"}
-    text, _ = report(tmp_path, figures, skipped=[gone, {**gone, "case": "ViT"}], failed=[wrong])
+    text, _ = report(
+        tmp_path, figures, skipped=[gone, {**gone, "case": "ViT"}, late], failed=[wrong]
+    )
     assert "No figure: failed:\n\n- CUB: it is wrong\n" in text
     assert "Not measured:\n\n- LoRA, 2 cases: needs peft\n" in text
+    assert "Not measured:\n\n- slow: no time left\n" in text
     assert "Not in this file:\n\n- torch.topk: n=2000\n" in text
 
 
