@@ -101,9 +101,8 @@ class Target:
             return True
         return len({id(module._parameters[name]) for module, name in self.owners}) == 1
 
-    def offsets(self) -> Tensor:
+    def offsets(self, weight: Tensor) -> Tensor:
         """Return where the selected weights lie in the weight's storage: indices, if contiguous."""
-        weight = self.weight()
         if weight.is_contiguous():
             return self.indices
         if self._offsets is None or self._offsets[0] != weight.stride():
@@ -118,14 +117,12 @@ class Target:
         """Copy and pickle without what was seen: a copied tensor counts its versions anew."""
         return {**self.__dict__, "_seen": None}
 
-    def mark_seen(self) -> None:
+    def mark_seen(self, weight: Tensor) -> None:
         """Remember the weight as it is: the masters agree with it."""
-        weight = self.weight()
         self._seen = weight, weight._version
 
-    def changed(self) -> bool:
+    def changed(self, weight: Tensor) -> bool:
         """Return whether the weight was replaced or written to since `mark_seen`."""
-        weight = self.weight()
         return self._seen is None or self._seen[0] is not weight or self._seen[1] != weight._version
 
     def gather(self) -> Tensor:
@@ -134,10 +131,10 @@ class Target:
 
     def scatter_(self, values: Tensor) -> None:
         """Write values, rounded to the weight's dtype, into the weight and nothing else."""
-        weight = self.weight().detach()
-        storage = weight.as_strided((_extent(weight),), (1,))
-        storage.index_copy_(0, self.offsets().long(), values.detach().to(weight.dtype))
-        self.mark_seen()
+        weight = self.weight()
+        storage = weight.detach().as_strided((_extent(weight),), (1,))
+        storage.index_copy_(0, self.offsets(weight).long(), values.detach().to(weight.dtype))
+        self.mark_seen(weight)
 
 
 def _extent(tensor: Tensor) -> int:
@@ -167,11 +164,11 @@ class CompactParameter(nn.Parameter):
             weights = self.target.gather()
             agree = self.detach().to(weights.dtype) == weights
             self.copy_(torch.where(agree, self, weights.float()))
-        self.target.mark_seen()
+        self.target.mark_seen(self.target.weight())
 
     def follow_(self) -> None:
         """Take over a weight that was replaced or written to, such as by ``nn.init.zeros_``."""
-        if self.target.changed():
+        if self.target.changed(self.target.weight()):
             self.refresh_()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactParameter:
@@ -297,7 +294,7 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
     """
     if values is None:
         values = CompactParameter(target.gather().float(), target)
-        target.mark_seen()
+        target.mark_seen(target.weight())
     for module, name in target.owners:
         tapped = isinstance(module, _TappedModule)
         base: Any = _base_class(module) if tapped else type(module)

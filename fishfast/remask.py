@@ -74,7 +74,7 @@ def remask(
         old.target.retired, old.grad = True, None
     for target in targets:
         target.weight().requires_grad_(False)
-        target.mark_seen()
+        target.mark_seen(target.weight())
     if handover is not None:
         handover.carry_out(model)
     tuned.mask, tuned.trained_mask = mask, union
@@ -183,7 +183,7 @@ def _refuse_unwritten(tuned: SparseTuning) -> None:
     for name, parameter in tuned.named_parameters():
         weights = parameter.target.gather()
         written = torch.equal(parameter.detach().to(weights.dtype), weights)
-        if not written and not parameter.target.changed():
+        if not written and not parameter.target.changed(parameter.target.weight()):
             raise RuntimeError(
                 f"the values of {name!r} were not written into the weights; call "
                 "tuned.attach(optimizer) for an optimizer that is not fishfast's"

@@ -212,8 +212,8 @@ class SparseOptimizer(Optimizer, ABC):
             written = [t for update in batch for t in (update.values, update.weight)]
             torch.autograd.graph.increment_version([t for t in written if t is not None])
             for update in batch:
-                if update.target is not None:
-                    update.target.mark_seen()
+                if update.target is not None and update.weight is not None:
+                    update.target.mark_seen(update.weight)
         return loss
 
     def _refuse_capturable(self, device: torch.device) -> None:

@@ -111,7 +111,7 @@ def fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
         if update.target is None or update.weight is None:
             targets.append((0, 0, 0, 0))
             continue
-        offsets = update.target.offsets()
+        offsets = update.target.offsets(update.weight)
         held.append(offsets)
         storage, wide = _STORAGE[update.weight.dtype], offsets.dtype == torch.int64
         targets.append((update.weight.data_ptr(), offsets.data_ptr(), storage, wide))

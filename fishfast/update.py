@@ -49,37 +49,38 @@ class Update:
     """
 
     def __init__(self, values: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        assert values.grad is not None
-        if values.grad.layout != torch.strided or values.grad.dtype != torch.float32:
-            raise RuntimeError(
-                f"gradients must be dense float32; got {values.grad.dtype}, {values.grad.layout}"
-            )
+        grad = values.grad
+        assert grad is not None
+        if grad.layout != torch.strided or grad.dtype != torch.float32:
+            raise RuntimeError(f"gradients must be dense float32; got {grad.dtype}, {grad.layout}")
         if not values.is_contiguous():
             raise RuntimeError(
                 "parameters must be contiguous; got one of shape "
                 f"{tuple(values.shape)} and strides {values.stride()}"
             )
         self.values, self.state, self.group = values, state, group
-        self.grad = values.grad.contiguous()
-        self.target: Target | None = getattr(values, "target", None)
-        self.weight = None if self.target is None else self.target.weight()
+        self.grad = grad.contiguous()
+        self.target: Target | None = None
+        self.weight: Tensor | None = None
         if isinstance(values, CompactParameter):
-            if values.target.changed():
+            self.target, self.weight = values.target, values.target.weight()
+            if self.target.changed(self.weight):
                 refuse_in_capture("a weight was written to or replaced")
-            values.follow_()
+                values.refresh_()
         if self.weight is not None and self.weight.dtype not in _WEIGHT_DTYPES:
             raise RuntimeError(
                 "masked weights must be float32, bfloat16 or float16; the model was moved to "
                 f"{self.weight.dtype} after train_only"
             )
-        if self.weight is not None and self.weight.device != values.device:
+        device = values.device
+        if self.weight is not None and self.weight.device != device:
             raise RuntimeError(
                 f"a masked weight is on {self.weight.device} and its compact parameter on "
                 f"{values.device}; move the whole model with model.to()"
             )
 
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and value.device != values.device:
+            if isinstance(value, Tensor) and value.dim() and value.device != device:
                 raise RuntimeError(
                     f"state must be where its parameter is; got {name!r} on {value.device} and a "
                     f"parameter on {values.device}; make the optimizer after model.to()"
