@@ -152,6 +152,38 @@ void sgd_cuda(uintptr_t rows, uintptr_t chunks, int64_t num_chunks, int device, 
                   pointer<void>(stream));
 }
 
+// tables: rows, plans and chunks on the device; sizes: rows and chunks; inputs: the host's array of
+// gradient addresses, and found_inf and grad_scale on the device or 0.
+using CapturableTables = std::array<uintptr_t, 3>;
+using CapturableInputs = std::array<uintptr_t, 3>;
+using CapturableSizes = std::array<int64_t, 2>;
+
+template <class Row, class Plan>
+void capturable_cuda(void (*launch)(const CapturableStep<Row, Plan>&, const StepInputs&, void*),
+                     const CapturableTables& tables, const CapturableSizes& sizes,
+                     const CapturableInputs& inputs, int device, uintptr_t stream) {
+  const auto [rows, plans, chunks] = tables;
+  const auto [num_rows, num_chunks] = sizes;
+  require_address((rows != 0 && plans != 0 && inputs[0] != 0) || num_rows == 0, "a table");
+  require_address(chunks != 0 || num_chunks == 0, "the table of chunks");
+  DeviceGuard guard(device);
+  launch(
+      {pointer<Row>(rows), pointer<Plan>(plans), pointer<StepChunk>(chunks), num_rows, num_chunks},
+      {pointer<const float* const>(inputs[0]), pointer<float>(inputs[1]),
+       pointer<float>(inputs[2])},
+      pointer<void>(stream));
+}
+
+void adam_capturable_cuda(const CapturableTables& tables, const CapturableSizes& sizes,
+                          const CapturableInputs& inputs, int device, uintptr_t stream) {
+  capturable_cuda(&sparse_adam_capturable_cuda, tables, sizes, inputs, device, stream);
+}
+
+void sgd_capturable_cuda(const CapturableTables& tables, const CapturableSizes& sizes,
+                         const CapturableInputs& inputs, int device, uintptr_t stream) {
+  capturable_cuda(&sparse_sgd_capturable_cuda, tables, sizes, inputs, device, stream);
+}
+
 int64_t topk_workspace_bytes(uintptr_t params) {
   return topk_mask_workspace_bytes(*pointer<const TopkParams>(params));
 }
@@ -181,12 +213,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
 
   m.attr("SPARSE_ADAM_ROW_BYTES") = sizeof(SparseAdamRow);
+  m.attr("SPARSE_ADAM_PLAN_BYTES") = sizeof(AdamPlan);
   m.attr("ENTRIES_PER_STEP_CHUNK") = kEntriesPerStepChunk;
   m.def("fisher_linear_cpu", &linear_cpu, py::arg("score"), py::arg("grad"), py::arg("x"),
         py::arg("starts"), py::arg("ends"), py::arg("sizes"), py::arg("strides"), py::arg("power"),
         py::arg("num_threads"));
   m.def("sparse_adam_cpu", &adam_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
   m.attr("SPARSE_SGD_ROW_BYTES") = sizeof(SparseSgdRow);
+  m.attr("SPARSE_SGD_PLAN_BYTES") = sizeof(SgdPlan);
   m.def("sparse_sgd_cpu", &sgd_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
 
   py::class_<TopkPasses>(m, "TopkPasses")
@@ -202,6 +236,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("device"), py::arg("stream"));
   m.def("sparse_sgd_cuda", &sgd_cuda, py::arg("rows"), py::arg("chunks"), py::arg("num_chunks"),
         py::arg("device"), py::arg("stream"));
+  m.def("sparse_adam_capturable_cuda", &adam_capturable_cuda, py::arg("tables"), py::arg("sizes"),
+        py::arg("inputs"), py::arg("device"), py::arg("stream"));
+  m.def("sparse_sgd_capturable_cuda", &sgd_capturable_cuda, py::arg("tables"), py::arg("sizes"),
+        py::arg("inputs"), py::arg("device"), py::arg("stream"));
   m.attr("TOPK_ROW_BYTES") = sizeof(TopkRow);
   m.attr("TOPK_PARAMS_BYTES") = sizeof(TopkParams);
   m.attr("TOPK_SCORES_PER_TILE") = kTopkScoresPerTile;

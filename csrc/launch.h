@@ -27,6 +27,29 @@ struct StepChunk {  // what one block works on
 };
 constexpr int64_t kEntriesPerStepChunk = 1024;
 
+// A capturable step reads on the device what the host computes otherwise: a small kernel before the
+// update counts the step and completes the rows, so a CUDA graph of both can be replayed.
+
+struct LearningRate {
+  const void* tensor;  // on the device, fp32 if in_float, else fp64; null: value
+  double value;
+  int64_t in_float;  // 1: it is an fp32 tensor, and what is computed from it is rounded to fp32
+};
+
+struct StepInputs {
+  const float* const* grads;  // [num_rows] addresses, on the HOST: they travel with the launch
+  const float* found_inf;     // [1] on the device, nonzero: nothing is changed; null: no scaling
+  const float* grad_scale;    // [1] on the device, null: 1
+};
+
+template <class Row, class Plan>
+struct CapturableStep {
+  Row* rows;                // [num_rows] on the device; grad and what the plan gives are filled in
+  const Plan* plans;        // [num_rows] on the device
+  const StepChunk* chunks;  // [num_chunks] on the device
+  int64_t num_rows, num_chunks;
+};
+
 // ---- sparse_adam ------------------------------------------------------------------------------
 
 struct AdamScalars {  // all in fp32, rounded once from Python's doubles
@@ -41,13 +64,20 @@ struct AdamScalars {  // all in fp32, rounded once from Python's doubles
 
 struct SparseAdamRow {  // one compact parameter; a table of rows is one launch
   ScatterTarget target;
-  const float* grad;      // [k]
+  const float* grad;      // [k]; null on CUDA: the row is skipped
   float* values;          // [k] fp32 masters
   float* exp_avg;         // [k]
   float* exp_avg_sq;      // [k]
   float* max_exp_avg_sq;  // [k], null without amsgrad
   int64_t k;
   AdamScalars scalars;
+};
+
+struct AdamPlan {  // what a capturable row's scalars are computed from
+  float* step;     // [1] on the device, one more after the step
+  LearningRate lr;
+  double beta1, beta2;
+  double weight_decay;  // the decoupled one, else 0
 };
 
 // Updates values and moments in place and writes the rounded values into the weights.
@@ -57,6 +87,11 @@ void sparse_adam_cpu(const SparseAdamRow* rows, int64_t num_rows, int num_thread
 // Throws std::runtime_error when the launch is refused.
 void sparse_adam_cuda(const SparseAdamRow* rows, const StepChunk* chunks, int64_t num_chunks,
                       void* stream);
+
+// The same with everything that changes between steps read on the device. What a CUDA graph that
+// captures it keeps are the addresses in `step` and in `inputs`.
+void sparse_adam_capturable_cuda(const CapturableStep<SparseAdamRow, AdamPlan>& step,
+                                 const StepInputs& inputs, void* stream);
 
 // ---- sparse_sgd -------------------------------------------------------------------------------
 
@@ -69,11 +104,16 @@ struct SgdScalars {
 
 struct SparseSgdRow {
   ScatterTarget target;
-  const float* grad;       // [k]
+  const float* grad;       // [k]; null on CUDA: the row is skipped
   float* values;           // [k] fp32 masters
   float* momentum_buffer;  // [k], null when momentum is 0
   int64_t k;
   SgdScalars scalars;
+};
+
+struct SgdPlan {
+  float* step;  // [1] on the device, 0 before the momentum buffer is set; null without momentum
+  LearningRate lr;
 };
 
 // Updates values and momentum_buffer in place and writes the rounded values into the weights.
@@ -82,6 +122,10 @@ void sparse_sgd_cpu(const SparseSgdRow* rows, int64_t num_rows, int num_threads)
 // As sparse_adam_cuda.
 void sparse_sgd_cuda(const SparseSgdRow* rows, const StepChunk* chunks, int64_t num_chunks,
                      void* stream);
+
+// As sparse_adam_capturable_cuda.
+void sparse_sgd_capturable_cuda(const CapturableStep<SparseSgdRow, SgdPlan>& step,
+                                const StepInputs& inputs, void* stream);
 
 // ---- fisher_linear ----------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@
 
 #define FF_DYN_SHARED(type, name) type* name = simt::dynamic_shared<type>()
 
+#define FF_GRID_CONSTANT
+
 // Throws simt::Error when the configuration is invalid or the run found a defect.
 #define FF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   simt::launch(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
@@ -44,6 +46,10 @@
 #define FF_DYN_SHARED(type, name)                                 \
   extern __shared__ __align__(16) unsigned char ff_dynamic_raw[]; \
   type* name = reinterpret_cast<type*>(ff_dynamic_raw)
+
+// Before a large argument that threads index: it is read where the launch put it, not copied to
+// every thread's stack.
+#define FF_GRID_CONSTANT __grid_constant__
 
 // A refused launch (too many threads, too much shared memory, no image for this card) is silent in
 // CUDA and leaves the output as it was: so no launch can be written without its check.

@@ -7,6 +7,7 @@
 // both moments (12), plus the weight's 32-byte sector: 63-94 for bf16 weights, about 87 for fp32;
 // 8 more with amsgrad.
 // Deterministic: entries are independent and offsets unique, so no two threads write one address.
+#include "capturable.cuh"
 #include "platform.cuh"
 #include "scatter.h"
 #include "sparse_adam.h"
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(kThreads)
     sparse_adam_kernel(const SparseAdamRow* rows, const StepChunk* chunks) {
   const StepChunk chunk = chunks[blockIdx.x];
   const SparseAdamRow row = rows[chunk.row];
+  if (row.grad == nullptr) return;  // the whole block: overflow
 
   const int64_t end = min(chunk.start + kEntriesPerStepChunk, row.k);
   for (int64_t i = chunk.start + threadIdx.x; i < end; i += kThreads) {
@@ -50,6 +52,12 @@ void sparse_adam_cuda(const SparseAdamRow* rows, const StepChunk* chunks, int64_
   if (num_chunks == 0) return;
   FF_LAUNCH(sparse_adam_kernel, dim3(unsigned(num_chunks)), dim3(kThreads), 0,
             static_cast<cudaStream_t>(stream), rows, chunks);
+}
+
+void sparse_adam_capturable_cuda(const CapturableStep<SparseAdamRow, AdamPlan>& step,
+                                 const StepInputs& inputs, void* stream) {
+  launch_prepare_rows(step, inputs, static_cast<cudaStream_t>(stream));
+  sparse_adam_cuda(step.rows, step.chunks, step.num_chunks, stream);
 }
 
 }  // namespace fishfast

@@ -11,8 +11,9 @@
 // by operation as torch.optim does with foreach=False on the CPU (lerp_, addcmul_ and add with a
 // factor are fused multiply-adds there, addcdiv_ is not), which makes it the bit-exact oracle.
 #pragma once
+#include "integer_power.h"
 #include "launch.h"
-#include "rounding.h"
+#include "learning_rate.h"
 
 namespace fishfast {
 
@@ -39,6 +40,24 @@ FF_HOST_DEVICE float adam_maximum(float a, float b) { return a >= b || a != a ? 
 FF_HOST_DEVICE float adam_value(const AdamScalars& s, float value, float exp_avg, float second) {
   const float denominator = add_rn(div_rn(sqrt_rn(second), s.bias_correction2_sqrt), s.eps);
   return add_rn(mul_rn(value, s.decay), div_rn(mul_rn(s.negative_step_size, exp_avg), denominator));
+}
+
+// Counts a step and gives the scalars that depend on its number or on the learning rate, with the
+// host's bits (fishfast/sparse_adam.py, _scalars).
+FF_HOST_DEVICE void complete_scalars(const AdamPlan& plan, AdamScalars& s) {
+  const float step = add_rn(*plan.step, 1.0f);
+  *plan.step = step;
+  const double correction1 = 1.0 - integer_power(plan.beta1, uint64_t(step));
+  const double correction2 = 1.0 - integer_power(plan.beta2, uint64_t(step));
+  s.bias_correction2_sqrt = float(sqrt_rn(correction2));
+  const double lr = learning_rate(plan.lr);
+  if (plan.lr.in_float) {  // as torch computes with an fp32 tensor
+    s.decay = add_rn(1.0f, -mul_rn(float(lr), float(plan.weight_decay)));
+    s.negative_step_size = -div_rn(float(lr), float(correction1));
+  } else {
+    s.decay = float(add_rn(1.0, -mul_rn(lr, plan.weight_decay)));
+    s.negative_step_size = float(-div_rn(lr, correction1));
+  }
 }
 
 }  // namespace fishfast

@@ -7,6 +7,7 @@
 // (8), plus the weight's 32-byte sector: 55-86 for bf16 weights, about 79 for fp32; 8 less without
 // momentum.
 // Deterministic: entries are independent and offsets unique, so no two threads write one address.
+#include "capturable.cuh"
 #include "platform.cuh"
 #include "scatter.h"
 #include "sparse_sgd.h"
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(kThreads)
     sparse_sgd_kernel(const SparseSgdRow* rows, const StepChunk* chunks) {
   const StepChunk chunk = chunks[blockIdx.x];
   const SparseSgdRow row = rows[chunk.row];
+  if (row.grad == nullptr) return;                            // the whole block: overflow
   const bool with_momentum = row.momentum_buffer != nullptr;  // the same for the whole block
 
   const int64_t end = min(chunk.start + kEntriesPerStepChunk, row.k);
@@ -40,6 +42,12 @@ void sparse_sgd_cuda(const SparseSgdRow* rows, const StepChunk* chunks, int64_t 
   if (num_chunks == 0) return;
   FF_LAUNCH(sparse_sgd_kernel, dim3(unsigned(num_chunks)), dim3(kThreads), 0,
             static_cast<cudaStream_t>(stream), rows, chunks);
+}
+
+void sparse_sgd_capturable_cuda(const CapturableStep<SparseSgdRow, SgdPlan>& step,
+                                const StepInputs& inputs, void* stream) {
+  launch_prepare_rows(step, inputs, static_cast<cudaStream_t>(stream));
+  sparse_sgd_cuda(step.rows, step.chunks, step.num_chunks, stream);
 }
 
 }  // namespace fishfast

@@ -9,6 +9,7 @@
 // factor is a fused multiply-add there.
 #pragma once
 #include "launch.h"
+#include "learning_rate.h"
 #include "rounding.h"
 
 namespace fishfast {
@@ -23,6 +24,14 @@ FF_HOST_DEVICE void sgd_update(const SgdScalars& s, float grad, bool with_moment
     grad = s.nesterov ? fma_rn(buffer, s.momentum, grad) : buffer;
   }
   value = fma_rn(grad, s.negative_lr, value);
+}
+
+// Counts a step, which matters to the momentum only, and takes the learning rate over.
+FF_HOST_DEVICE void complete_scalars(const SgdPlan& plan, SgdScalars& s) {
+  s.negative_lr = float(-learning_rate(plan.lr));
+  if (plan.step == nullptr) return;
+  s.first_step = *plan.step == 0.0f;
+  *plan.step = add_rn(*plan.step, 1.0f);
 }
 
 }  // namespace fishfast

@@ -50,6 +50,7 @@ class Target:
         self.retired = False  # by another mask: whoever still trains these values is told so
         self._seen: tuple[Tensor, int] | None = None  # the weight and its version at that time
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
+        self.name = ""  # the weight's in the model, for errors: set by who knows it
 
     def weight(self) -> Tensor:
         """Return the weight as the module holds it now.

@@ -9,18 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fishfast.sparse_optimizer import SparseOptimizer, Update, require_not_negative
+from fishfast.capturable import LEARNING_RATE_DTYPE, learning_rate, place_step
+from fishfast.sparse_optimizer import SparseOptimizer, require_not_negative
 from fishfast.sparse_rows import fill_scalars, launch, row_dtype
+from fishfast.update import Update, refuse_in_capture
 
 __all__ = ["Adam", "AdamW"]
 
-# csrc/launch.h, structs AdamScalars and SparseAdamRow.
+# csrc/launch.h, structs AdamScalars, SparseAdamRow and AdamPlan.
 _SCALARS = (
     "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "decay", "negative_step_size",
     "bias_correction2_sqrt", "grad_scale", "grad_sign", "l2_penalty",
 )  # fmt: skip
 _ROW_DTYPE = row_dtype(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), [(name, "<f4") for name in _SCALARS]
+)
+_PLAN_DTYPE = np.dtype(
+    [("step", "<u8"), ("lr", LEARNING_RATE_DTYPE)]
+    + [(name, "<f8") for name in ("beta1", "beta2", "weight_decay")]
 )
 
 
@@ -50,14 +56,18 @@ class Adam(SparseOptimizer):
         amsgrad: divide by the largest second moment so far (Reddi et al., ICLR 2018).
         foreach: as in torch; ignored, for a step is one launch in any case.
         maximize: ascend instead of descend.
-        capturable: must be False: a step cannot be captured in a CUDA graph.
+        capturable: count the steps and read a tensor ``lr``, ``found_inf`` and ``grad_scale`` on
+            the device: nothing waits for it, and a CUDA graph can hold the step; `step` says how.
         differentiable: must be False.
         fused: ignored as ``foreach`` is.
         decoupled_weight_decay: decay as `AdamW` does.
         backend: ``"auto"``, ``"cuda"``, ``"cpu"`` (compiled) or ``"torch"``.
+        check_finite: refuse a step with NaN or infinity in a gradient, by name; waits for the
+            device. Under a `torch.amp.GradScaler` overflow is skipped before this is asked.
 
     Raises:
-        ValueError: an option out of range, or parameters that are neither compact nor plain fp32.
+        ValueError: an option out of range, parameters that are neither compact nor plain fp32, or
+            ``capturable`` for parameters that are not on a GPU.
         RuntimeError: a backend asked for by name that cannot run here.
 
     Note:
@@ -74,7 +84,9 @@ class Adam(SparseOptimizer):
     """
 
     _operation = "sparse_adam"
-    _former_options = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
+    _former_options = {
+        "amsgrad": False, "maximize": False, "capturable": False, "decoupled_weight_decay": False,
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -92,6 +104,7 @@ class Adam(SparseOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: str = "auto",
+        check_finite: bool = False,
     ) -> None:
         require_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
@@ -104,19 +117,20 @@ class Adam(SparseOptimizer):
             "capturable": capturable, "differentiable": differentiable,
             "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, check_finite)
 
     def _advance(self, updates: list[Update]) -> None:
         for update in updates:
-            state = update.state
-            if "step" not in state:
-                state["step"] = torch.tensor(0.0)
+            place_step(update)
             for name in _moments(update):
-                if name not in state:
-                    state[name] = torch.zeros_like(
+                if name not in update.state:
+                    refuse_in_capture("amsgrad changed")
+                    update.state[name] = torch.zeros_like(
                         update.values, memory_format=torch.contiguous_format
                     )
-        torch._foreach_add_([update.state["step"] for update in updates], 1)
+        counted = [u.state["step"] for u in updates if not u.group["capturable"]]
+        if counted:
+            torch._foreach_add_(counted, 1)
 
     def _update_torch(self, update: Update, grad_scale: float) -> None:
         state, group, values = update.state, update.group, update.values
@@ -138,16 +152,22 @@ class Adam(SparseOptimizer):
     def _update_compiled(
         self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
     ) -> None:
-        rows = np.zeros(len(updates), _ROW_DTYPE)
-        for name in ("exp_avg", "exp_avg_sq"):
-            rows[name] = [update.state[name].data_ptr() for update in updates]
-        rows["max_exp_avg_sq"] = [
-            update.state["max_exp_avg_sq"].data_ptr() if update.group["amsgrad"] else 0
-            for update in updates
-        ]
+        rows = _rows(updates)
         steps = [float(update.state["step"]) for update in updates]
         fill_scalars(rows, updates, lambda update: _scalars(update, grad_scale), steps)
         launch(self._operation, rows, updates, device, backend)
+
+    def _update_capturable(
+        self, updates: list[Update], scaling: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        rows, plans = _rows(updates), np.zeros(len(updates), _PLAN_DTYPE)
+        fill_scalars(rows, updates, lambda update: _constant_scalars(update, 1.0))
+        plans["step"] = [update.state["step"].data_ptr() for update in updates]
+        plans["lr"] = [learning_rate(update) for update in updates]
+        groups = [update.group for update in updates]
+        plans["beta1"], plans["beta2"] = zip(*(group["betas"] for group in groups), strict=True)
+        plans["weight_decay"] = [g["weight_decay"] * g["decoupled_weight_decay"] for g in groups]
+        self._tables.launch(self._operation, rows, plans, updates, scaling)
 
 
 class AdamW(Adam):
@@ -175,13 +195,17 @@ class AdamW(Adam):
         amsgrad: divide by the largest second moment so far (Reddi et al., ICLR 2018).
         foreach: as in torch; ignored, for a step is one launch in any case.
         maximize: ascend instead of descend.
-        capturable: must be False: a step cannot be captured in a CUDA graph.
+        capturable: count the steps and read a tensor ``lr``, ``found_inf`` and ``grad_scale`` on
+            the device: nothing waits for it, and a CUDA graph can hold the step; `step` says how.
         differentiable: must be False.
         fused: ignored as ``foreach`` is.
         backend: ``"auto"``, ``"cuda"``, ``"cpu"`` (compiled) or ``"torch"``.
+        check_finite: refuse a step with NaN or infinity in a gradient, by name; waits for the
+            device. Under a `torch.amp.GradScaler` overflow is skipped before this is asked.
 
     Raises:
-        ValueError: an option out of range, or parameters that are neither compact nor plain fp32.
+        ValueError: an option out of range, parameters that are neither compact nor plain fp32, or
+            ``capturable`` for parameters that are not on a GPU.
         RuntimeError: a backend asked for by name that cannot run here.
 
     Note:
@@ -211,11 +235,12 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str = "auto",
+        check_finite: bool = False,
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
             capturable=capturable, differentiable=differentiable, fused=fused,
-            decoupled_weight_decay=True, backend=backend,
+            decoupled_weight_decay=True, backend=backend, check_finite=check_finite,
         )  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -230,21 +255,38 @@ def _moments(update: Update) -> tuple[str, ...]:
     return (*moments, "max_exp_avg_sq") if update.group["amsgrad"] else moments
 
 
+def _rows(updates: list[Update]) -> np.ndarray:
+    """Return the table with the addresses of the state."""
+    rows = np.zeros(len(updates), _ROW_DTYPE)
+    for name in ("exp_avg", "exp_avg_sq"):
+        rows[name] = [update.state[name].data_ptr() for update in updates]
+    rows["max_exp_avg_sq"] = [
+        update.state["max_exp_avg_sq"].data_ptr() if update.group["amsgrad"] else 0
+        for update in updates
+    ]
+    return rows
+
+
 def _scalars(update: Update, grad_scale: float) -> tuple[float, ...]:
-    """Return the numbers of one parameter's step, in double, in the order of _SCALARS."""
+    """Return the numbers of one parameter's step, in double, in the order of _SCALARS.
+
+    csrc/sparse_adam.h computes those of a capturable step, with the same bits.
+    """
     group, lr = update.group, update.lr()
     beta1, beta2 = group["betas"]
     step = float(update.state["step"])
-    decoupled = group["decoupled_weight_decay"]
-    return (
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        group["eps"],
-        float(1 - lr * group["weight_decay"]) if decoupled else 1.0,
-        -float(lr / (1 - beta1**step)),
-        (1 - beta2**step) ** 0.5,
-        grad_scale,
-        -1.0 if group["maximize"] else 1.0,
-        0.0 if decoupled else group["weight_decay"],
+    decay = float(1 - lr * group["weight_decay"]) if group["decoupled_weight_decay"] else 1.0
+    return _constant_scalars(
+        update, grad_scale, (decay, -float(lr / (1 - beta1**step)), (1 - beta2**step) ** 0.5)
     )
+
+
+def _constant_scalars(
+    update: Update, grad_scale: float, varying: tuple[float, float, float] = (0.0, 0.0, 0.0)
+) -> tuple[float, ...]:
+    """Return the same with the three numbers that depend on learning rate or step put in."""
+    group = update.group
+    beta1, beta2 = group["betas"]
+    sign = -1.0 if group["maximize"] else 1.0
+    l2_penalty = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+    return (1 - beta1, beta2, 1 - beta2, group["eps"], *varying, grad_scale, sign, l2_penalty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,17 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fishfast import _backend
-from fishfast.compact import CompactParameter, Target, refuse_retired
+from fishfast.capturable import Tables, refuse_devices
+from fishfast.compact import CompactParameter, refuse_retired
 from fishfast.masters import add_masters, parameters_in_order, take_masters
+from fishfast.update import Update, is_capturing, refuse_not_finite
 
-__all__ = ["SparseOptimizer", "Update", "require_not_negative"]
-
-# Dtypes that a masked weight may have.
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["SparseOptimizer", "require_not_negative"]
 
 # Options of torch's optimizers that change what a step is, and why there are none here.
 _UNSUPPORTED = {
-    "capturable": "learning rate and step count are read on the host; step outside the CUDA graph",
     "differentiable": "weights are written in place, past autograd",
 }
 
@@ -45,60 +44,24 @@ def require_not_negative(**options: float | Tensor) -> None:
             raise ValueError(f"{name} must be at least 0; got {value}")
 
 
-class Update:
-    """One parameter's part in a step.
+@functools.cache
+def _keep_out_of_compiled_graphs() -> None:
+    """Make a step one graph break of compiled code, which cannot trace tables of addresses.
 
-    Attributes:
-        values: the compact parameter, or a plain fp32 one.
-        grad: its gradient, contiguous.
-        state: the optimizer's state of it.
-        group: its param group.
-        target: where the values go; None for a plain parameter.
-        weight: the target's weight.
+    Done when the first optimizer is made and not at import: it takes Dynamo, which loads for
+    seconds and which torch's optimizers load at that time, too.
     """
+    SparseOptimizer._step = torch.compiler.disable(SparseOptimizer._step)  # type: ignore[method-assign]
 
-    def __init__(self, values: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        assert values.grad is not None
-        if values.grad.layout != torch.strided or values.grad.dtype != torch.float32:
-            raise RuntimeError(
-                f"gradients must be dense float32; got {values.grad.dtype}, {values.grad.layout}"
-            )
-        if not values.is_contiguous():
-            raise RuntimeError(
-                "parameters must be contiguous; got one of shape "
-                f"{tuple(values.shape)} and strides {values.stride()}"
-            )
-        self.values, self.state, self.group = values, state, group
-        self.grad = values.grad.contiguous()
-        self.target: Target | None = getattr(values, "target", None)
-        self.weight = None if self.target is None else self.target.weight()
-        if isinstance(values, CompactParameter):
-            values.follow_()
-        if self.weight is not None and self.weight.dtype not in _WEIGHT_DTYPES:
-            raise RuntimeError(
-                "masked weights must be float32, bfloat16 or float16; the model was moved to "
-                f"{self.weight.dtype} after train_only"
-            )
-        if self.weight is not None and self.weight.device != values.device:
-            raise RuntimeError(
-                f"a masked weight is on {self.weight.device} and its compact parameter on "
-                f"{values.device}; move the whole model with model.to()"
-            )
 
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and value.device != values.device:
-                raise RuntimeError(
-                    f"state must be where its parameter is; got {name!r} on {value.device} and a "
-                    f"parameter on {values.device}; make the optimizer after model.to()"
-                )
-
-    def lr(self) -> Any:
-        """Return the learning rate; one on a GPU costs a synchronisation.
-
-        A tensor stays one: what torch computes from it is rounded to its dtype.
-        """
-        lr = self.group["lr"]
-        return lr.cpu() if isinstance(lr, Tensor) else lr
+def _refuse_other_parameter(parameter: Tensor) -> None:
+    if isinstance(parameter, CompactParameter):
+        return
+    if parameter.dtype != torch.float32 or not parameter.is_contiguous():
+        raise ValueError(
+            "params must be compact parameters or contiguous float32 ones; got "
+            f"{parameter.dtype} of shape {tuple(parameter.shape)}; pass tuned.parameters()"
+        )
 
 
 class SparseOptimizer(Optimizer, ABC):
@@ -109,6 +72,7 @@ class SparseOptimizer(Optimizer, ABC):
             are accepted too and trained densely, frozen parameters are accepted and left alone.
         defaults: the options of a param group.
         backend: ``"auto"``, ``"cuda"``, ``"cpu"`` or ``"torch"``.
+        check_finite: look at every gradient before a step.
     """
 
     _operation: str  # key of the backend table
@@ -116,15 +80,21 @@ class SparseOptimizer(Optimizer, ABC):
     _step_supports_amp_scaling = True  # GradScaler hands over found_inf and grad_scale
 
     def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], backend: str = "auto"
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        backend: str = "auto",
+        check_finite: bool = False,
     ) -> None:
-        self._backend = backend
+        self._backend, self._check_finite = backend, check_finite
+        self._tables = Tables()
         if hasattr(params, "parameters"):
             raise TypeError(
                 f"params must be an iterable of parameters; got a {type(params).__name__}; "
                 "pass its .parameters()"
             )
         super().__init__(params, defaults)
+        _keep_out_of_compiled_graphs()
         for group in self.param_groups:
             for parameter in group["params"]:
                 _backend.choose(self._operation, parameter.device, backend)
@@ -132,13 +102,19 @@ class SparseOptimizer(Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, copy or load a state; an older one may lack options."""
         super().__setstate__(state)
+        _keep_out_of_compiled_graphs()
+        if "_tables" not in self.__dict__:  # a copy, which starts without
+            self._tables = Tables()
+        self.__dict__.setdefault("_check_finite", False)
+        self._tables.forget()
         for group in self.param_groups:
             for name, value in self._former_options.items():
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy with the backend, which torch's own list of attributes leaves out."""
-        return {**super().__getstate__(), "_backend": self._backend}
+        """Pickle and copy with what torch's own list of attributes leaves out."""
+        own = {"_backend": self._backend, "_check_finite": self._check_finite}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of compact or plain fp32 parameters.
@@ -148,7 +124,8 @@ class SparseOptimizer(Optimizer, ABC):
 
         Raises:
             ValueError: a trainable parameter of another dtype, one that is not contiguous, or an
-                option that this optimizer does not have.
+                option that this optimizer does not have, or not for these parameters.
+            RuntimeError: the backend that was asked for by name cannot run on their device.
         """
         held = len(self.param_groups)
         options = {**self.defaults, **param_group}
@@ -156,19 +133,26 @@ class SparseOptimizer(Optimizer, ABC):
             if options.get(name):
                 raise ValueError(f"{name} must be False; got {options[name]}: {reason}")
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if not parameter.requires_grad or isinstance(parameter, CompactParameter):
-                continue
-            if parameter.dtype != torch.float32 or not parameter.is_contiguous():
-                del self.param_groups[held:]
-                raise ValueError(
-                    "params must be compact parameters or contiguous float32 ones; got "
-                    f"{parameter.dtype} of shape {tuple(parameter.shape)}; pass tuned.parameters()"
-                )
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                if options["capturable"]:
+                    self._refuse_capturable(parameter.device)
+                if parameter.requires_grad:
+                    _refuse_other_parameter(parameter)
+        except (RuntimeError, ValueError):
+            del self.param_groups[held:]
+            raise
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, and write the result into the weights.
+
+        With ``capturable=True`` in every group a CUDA graph can hold it, after one step like it
+        outside the capture. A replay reads gradients, masters, state, a tensor ``lr``,
+        ``found_inf`` and ``grad_scale`` where they were at the capture. It does not see, so capture
+        again after: another ``lr`` that is a number or on the CPU, or any other option; a weight
+        that was replaced or moved, or written to by hand (its masters would undo that; loading a
+        state dict into the model takes them along); a loaded optimizer state, a remask or a new
+        group.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -177,29 +161,41 @@ class SparseOptimizer(Optimizer, ABC):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient or weight that cannot be updated, or a CUDA graph that is being
-                captured; nothing was changed.
+            RuntimeError: a gradient or weight that cannot be updated; a CUDA graph is captured and
+                the step is not capturable, or differs from the one before the capture. Nothing was
+                changed.
+            ValueError: a capturable step of parameters that left the GPU.
         """
+        return self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         refuse_retired(parameters_in_order(self))
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"step() cannot be captured: {_UNSUPPORTED['capturable']}")
+        if is_capturing():
+            self._refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        on_host = not all(group["capturable"] for group in self.param_groups)
+        if on_host and found_inf is not None and bool(found_inf):
             return loss  # overflow: no update, and no step is counted
-        scale = getattr(self, "grad_scale", None)
-        grad_scale = 1.0 if scale is None else float(scale)
+        grad_scale = float(scale) if on_host and scale is not None else 1.0
 
-        updates: dict[torch.device, list[Update]] = {}
+        updates: dict[tuple[torch.device, bool], list[Update]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     update = Update(parameter, self.state[parameter], group)
-                    updates.setdefault(parameter.device, []).append(update)
-        for device, batch in updates.items():
+                    kind = parameter.device, bool(group["capturable"])
+                    updates.setdefault(kind, []).append(update)
+        for (device, capturable), batch in updates.items():
+            if capturable:
+                self._refuse_capturable(device)
+            elif self._check_finite:
+                refuse_not_finite(batch)
+        for (device, capturable), batch in updates.items():
             self._advance(batch)
             chosen = _backend.choose(self._operation, device, self._backend)
             if chosen == "torch":
@@ -207,19 +203,39 @@ class SparseOptimizer(Optimizer, ABC):
                     self._update_torch(update, grad_scale)
                     if update.target is not None:
                         update.target.scatter_(update.values)
+                continue
+            if capturable:
+                self._update_capturable(batch, (found_inf, scale))
             else:
                 self._update_compiled(batch, grad_scale, device, chosen)
-                # Raw pointers do not tell autograd that these changed.
-                written = [t for update in batch for t in (update.values, update.weight)]
-                torch.autograd.graph.increment_version([t for t in written if t is not None])
-                for update in batch:
-                    if update.target is not None:
-                        update.target.mark_seen()
+            # Raw pointers do not tell autograd that these changed.
+            written = [t for update in batch for t in (update.values, update.weight)]
+            torch.autograd.graph.increment_version([t for t in written if t is not None])
+            for update in batch:
+                if update.target is not None:
+                    update.target.mark_seen()
         return loss
+
+    def _refuse_capturable(self, device: torch.device) -> None:
+        if self._check_finite:
+            raise ValueError(
+                "check_finite must be False with capturable=True; got True: it looks at the "
+                "gradients on the host"
+            )
+        refuse_devices(self._operation, device, self._backend)
+
+    def _refuse_capture(self) -> None:
+        for group in self.param_groups:
+            if not group["capturable"]:
+                raise RuntimeError(
+                    "step() cannot be captured with capturable=False in a param group: its step "
+                    "reads learning rate and overflow on the host; make the optimizer with "
+                    "capturable=True, or step outside the CUDA graph"
+                )
 
     @abstractmethod
     def _advance(self, updates: list[Update]) -> None:
-        """Make missing state and count the step."""
+        """Make missing state and, unless the device does, count the step."""
 
     @abstractmethod
     def _update_torch(self, update: Update, grad_scale: float) -> None:
@@ -230,6 +246,12 @@ class SparseOptimizer(Optimizer, ABC):
         self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
     ) -> None:
         """Update and scatter all parameters of one device in one call."""
+
+    @abstractmethod
+    def _update_capturable(
+        self, updates: list[Update], scaling: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        """Do the same with found_inf, grad_scale and all that changes read on the device."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with the fp32 masters of weights that hold fewer bits.
@@ -245,7 +267,8 @@ class SparseOptimizer(Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; masters are taken over where they round to the present weights.
 
-        So load the model first, then the optimizer, as usual.
+        So load the model first, then the optimizer, as usual. Whether a group is capturable stays
+        as it is here. CUDA graphs go on with the state of before: capture them again.
 
         Args:
             state_dict: from ``state_dict()`` of this optimizer or torch's of the same name.
@@ -253,24 +276,30 @@ class SparseOptimizer(Optimizer, ABC):
         Raises:
             ValueError: the state of another mask. Nothing was changed.
         """
+        capturable = [group["capturable"] for group in self.param_groups]
         # The last of the hooks: it sees what the user's own made of the state.
         last = self.register_load_state_dict_pre_hook(lambda _, state: self._check_shapes(state))
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
-        for group in self.param_groups:  # how torch ran it is not how this optimizer runs
+        # How it ran where it was saved is not how this optimizer runs.
+        for group, as_before in zip(self.param_groups, capturable, strict=True):
             group.update(dict.fromkeys(_UNSUPPORTED.keys() & group.keys(), False))
-        for parameter in parameters_in_order(self):
-            state = self.state.get(parameter, {})
-            for name, value in state.items():
-                if name == "step":  # a number in old states; on the GPU with capturable or fused
-                    state[name] = torch.as_tensor(value, dtype=torch.float32).cpu().clone()
-                elif isinstance(value, Tensor):
-                    # A copy, or a live optimizer's state would move with this one's. torch's has
-                    # its parameter's strides.
-                    state[name] = value.clone(memory_format=torch.contiguous_format)
+            group["capturable"] = as_before
+            for parameter in group["params"]:
+                self._own_state(parameter, parameter.device if as_before else torch.device("cpu"))
         take_masters(self)
+
+    def _own_state(self, parameter: Tensor, device_of_step: torch.device) -> None:
+        """Copy what was loaded, or a live optimizer's state would move with this one's."""
+        state = self.state.get(parameter, {})
+        for name, value in state.items():
+            if name == "step":  # a number in old states
+                step = torch.as_tensor(value, dtype=torch.float32)
+                state[name] = step.to(device_of_step, copy=True)
+            elif isinstance(value, Tensor):  # torch's has its parameter's strides
+                state[name] = value.clone(memory_format=torch.contiguous_format)
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """The compiled step trusts that state is as long as its parameter."""

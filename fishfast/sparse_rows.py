@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from fishfast import _backend
-from fishfast.sparse_optimizer import Update
+from fishfast.update import Update
 
-__all__ = ["fill_scalars", "launch", "row_dtype"]
+__all__ = [
+    "CHUNK_DTYPE",
+    "chunk_table",
+    "device_and_stream",
+    "fill_addresses",
+    "fill_scalars",
+    "launch",
+    "row_dtype",
+    "to_device",
+]
 
 # csrc/launch.h, structs ScatterTarget and StepChunk; the storage codes are csrc/storage.h's.
 _TARGET_DTYPE = np.dtype(
@@ -69,7 +78,7 @@ def launch(
         device: where they are.
         backend: ``"cpu"`` or ``"cuda"``.
     """
-    held = _fill_addresses(rows, updates)
+    held = fill_addresses(rows, updates)
     extension = _backend.compiled()
     assert rows.itemsize == getattr(extension, f"{operation.upper()}_ROW_BYTES")
     call = getattr(extension, f"{operation}_{backend}")
@@ -78,14 +87,23 @@ def launch(
         return
     counts = tuple(update.values.numel() for update in updates)
     chunks = chunk_table(counts, extension.ENTRIES_PER_STEP_CHUNK, device)
-    table = torch.from_numpy(rows.view(np.uint8)).pin_memory().to(device, non_blocking=True)
+    table = to_device(rows, device)
     num_chunks = chunks.numel() // CHUNK_DTYPE.itemsize
-    stream = torch.cuda.current_stream(device).cuda_stream
-    call(table.data_ptr(), chunks.data_ptr(), num_chunks, chunks.device.index, stream)
+    call(table.data_ptr(), chunks.data_ptr(), num_chunks, *device_and_stream(device))
     del held  # the stream orders their reuse after the kernel
 
 
-def _fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
+def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a table; the host does not wait."""
+    return torch.from_numpy(rows.view(np.uint8)).pin_memory().to(device, non_blocking=True)
+
+
+def device_and_stream(device: torch.device) -> tuple[int, int]:
+    """Return the index of a CUDA device and its present stream."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
     """Fill the columns that all rows have; return tensors to keep until the launch."""
     held: list[Tensor] = []
     targets = []

@@ -50,7 +50,9 @@ def find_targets(model: nn.Module, mask: SparseMask) -> list[Target]:
                 raise ValueError(
                     f"model must not have an attribute {own_name + VALUES_SUFFIX!r} beside {name!r}"
                 )
-        targets.append(Target(owners[id(weight)], indices.to(weight.device)))
+        target = Target(owners[id(weight)], indices.to(weight.device))
+        target.name = name
+        targets.append(target)
     return targets
 
 

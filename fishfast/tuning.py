@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
 from tabulate import tabulate
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -177,9 +178,10 @@ class SparseTuning:
                 parameter.target.scatter_(parameter)
 
         take_masters(optimizer)  # of a state that was loaded before
+        disable = torch.compiler.disable  # a compiled training step breaks here, and goes on
         return Attachment(
-            optimizer.register_step_pre_hook(follow),
-            optimizer.register_step_post_hook(write_back),
+            optimizer.register_step_pre_hook(disable(follow)),
+            optimizer.register_step_post_hook(disable(write_back)),
             optimizer.register_state_dict_post_hook(add_masters),
             optimizer.register_load_state_dict_post_hook(take_masters),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,11 +13,16 @@ from simt.library import SimtLibrary
 
 import fishfast as ff
 
+if TYPE_CHECKING:
+    from simt.sparse_step_backend import SimulatedExtension
+
 GPU_REASON = "no CUDA device on this machine"
 LARGE_REASON = "takes gigabytes of memory; run with -m large"
 
 # The modules that assert for tests: their failures show the values too.
-pytest.register_assert_rewrite("fisher_checks", "stepping", "train_only_modules", "train_only_net")
+pytest.register_assert_rewrite(
+    "capturable_runs", "fisher_checks", "stepping", "train_only_modules", "train_only_net"
+)
 
 
 def pytest_report_header() -> list[str]:
@@ -71,6 +77,28 @@ def _simulated_where_asked_for(request: pytest.FixtureRequest) -> None:
     case = getattr(request.node, "callspec", None)
     if case is not None and case.params.get("backend") == "simulated":
         request.getfixturevalue("simulated")
+
+
+# --- for test_sparse_optimizer_simt.py and test_capturable_*.py ---
+
+
+@pytest.fixture(scope="session")
+def step_library(tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
+    """csrc/sparse_adam.cu and csrc/sparse_sgd.cu, executed on the CPU."""
+    from simt.sparse_step_backend import SOURCES
+
+    return SimtLibrary(build(SOURCES, tmp_path_factory.mktemp("simt") / "steps.so"))
+
+
+@pytest.fixture
+def simulated_steps(
+    monkeypatch: pytest.MonkeyPatch, step_library: SimtLibrary
+) -> SimulatedExtension:
+    """Let ``backend="simulated"`` of the optimizers run them on CPU tensors."""
+    from simt.sparse_step_backend import install
+
+    step_library.schedule(seed=0)
+    return install(monkeypatch, step_library)
 
 
 # --- for test_delta_*.py ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from stepping import (
     snapshot_of_ours,
     some_indices,
     steps_of_ours,
+    steps_of_torch,
     tune,
 )
 
@@ -72,6 +74,36 @@ def test_state_reloaded_mid_run(
         snapshot.pop("w0.master", None)
         snapshot.pop("w1.master", None)
     assert_same_history(ours, expected[3:])
+
+
+@pytest.mark.skipif(not TORCH_HAS_FMA, reason="torch has no fused multiply-add here")
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam])
+def test_full_mask_equals_torch_through_a_save_and_a_reload(
+    make: Any, weight_decay: float, backend: str, tmp_path: Any
+) -> None:
+    """Ours is saved and loaded into new objects in mid-run; torch's dense run never stops."""
+    weights = random_tensors((31, 7), (64,))
+    indices = [torch.arange(w.numel()) for w in weights]
+    series = gradients_over_time(weights, steps=8)
+    options = {"lr": 0.05, "weight_decay": weight_decay}
+    dense = functools.partial(make, foreach=False, **options)
+    expected = steps_of_torch(weights, indices, series, dense)
+    ours: list[dict[str, torch.Tensor]] = []
+    for part in range(2):
+        tuned = tune(weights, indices)
+        ours_of = getattr(ff, make.__name__)
+        optimizer = ours_of(tuned.parameters(), backend=backend, **options)
+        if part == 1:
+            state = torch.load(tmp_path / "half.pt", weights_only=True)
+            tuned.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        with CorrectSqrt():
+            ours += steps_of_ours(tuned, optimizer, series[4 * part : 4 * part + 4])
+        state = {"model": tuned.model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, tmp_path / "half.pt")
+    assert_same_history(ours, expected)  # weights, both moments and counts after every step
 
 
 def test_resuming_restores_masters_of_bf16_weights() -> None:

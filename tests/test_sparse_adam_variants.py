@@ -256,14 +256,6 @@ def test_amsgrad_switched_on_and_off_mid_run(backend: str) -> None:
 # --- options ---
 
 
-@pytest.mark.parametrize("make", [ff.Adam, ff.AdamW])
-@pytest.mark.parametrize("option", ["capturable", "differentiable"])
-def test_option_that_is_refused(make: Any, option: str) -> None:
-    tuned = tune(random_tensors(5), [torch.arange(5)])
-    with pytest.raises(ValueError, match=f"{option} must be False; got True: "):
-        make(tuned.parameters(), **{option: True})
-
-
 @pytest.mark.parametrize(
     ("ours", "theirs"), [(ff.Adam, torch.optim.Adam), (ff.AdamW, torch.optim.AdamW)]
 )

@@ -17,6 +17,7 @@ from stepping import (
 from torch import nn
 
 import fishfast as ff
+from fishfast import capturable
 
 
 def assert_step_refused(
@@ -99,18 +100,46 @@ def test_parameters_that_are_refused(make: Make, parameter: nn.Parameter) -> Non
     assert len(optimizer.param_groups) == 1
 
 
+REFUSED = {
+    "capturable": "capturable must be False for parameters on cpu; got True: .* move the model",
+    "differentiable": "differentiable must be False; got True: weights are written in place",
+}
+
+
 @MAKERS
-@pytest.mark.parametrize("option", ["capturable", "differentiable"])
+@pytest.mark.parametrize("option", REFUSED)
 def test_options_of_torch_that_are_refused(make: Make, option: str) -> None:
     tuned = tune(random_tensors(5), [torch.arange(5)])
     optimizer = make(tuned.parameters())
     group = {"params": [nn.Parameter(torch.ones(3))], option: True}
-    with pytest.raises(ValueError, match=f"{option} must be False; got True: "):
+    with pytest.raises(ValueError, match=REFUSED[option]):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
-    if option in optimizer.defaults:
-        with pytest.raises(ValueError, match=f"{option} must be False; got True: "):
-            make(tuned.parameters(), **{option: True})
+    with pytest.raises(ValueError, match=REFUSED[option]):
+        make(tuned.parameters(), **{option: True})
+
+
+@MAKERS
+def test_capturable_switched_on_by_hand_is_refused(make: Make) -> None:
+    tuned = tune(random_tensors(5), [torch.arange(5)])
+    optimizer = make(tuned.parameters())
+    optimizer.param_groups[0]["capturable"] = True
+    set_gradients(tuned, [torch.ones(5)])
+    before = state_of(tuned.model)
+    with pytest.raises(ValueError, match=REFUSED["capturable"]):
+        optimizer.step()
+    assert_state(tuned.model, before)
+    assert not any(optimizer.state.values())
+
+
+@MAKERS
+def test_capturable_without_the_cuda_kernels_is_refused(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = tune(random_tensors(5), [torch.arange(5)])
+    monkeypatch.setattr(capturable, "_DEVICE_TYPES", ("cpu",))  # what "auto" takes there is no card
+    with pytest.raises(ValueError, match="capturable must be False with the 'torch' backend; got"):
+        make(tuned.parameters(), capturable=True, backend="torch")
 
 
 @MAKERS
@@ -122,7 +151,8 @@ def test_step_in_a_cuda_graph_capture_is_refused(
     optimizer = make(tuned.parameters())
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert_step_refused(optimizer, tuned, r"step\(\) cannot be captured: .* outside the CUDA graph")
+    message = r"step\(\) cannot be captured with capturable=False .* outside the CUDA graph"
+    assert_step_refused(optimizer, tuned, message)
 
 
 @MAKERS

@@ -138,7 +138,10 @@ def test_lr_schedulers(make: Make, schedule: Callable[[Any], Any]) -> None:
 
 @MAKERS
 @BACKENDS
-def test_grad_scaler_skips_the_whole_step_on_overflow(make: Make, backend: str) -> None:
+@pytest.mark.parametrize("overflow", [torch.inf, torch.nan])
+def test_grad_scaler_skips_the_whole_step_on_overflow(
+    make: Make, backend: str, overflow: float
+) -> None:
     weights = random_tensors((9, 5), (7,))
     tuned = tune(weights, [some_indices(45), torch.arange(7)])
     optimizer = make(tuned.parameters(), weight_decay=0.1, backend=backend)
@@ -149,7 +152,7 @@ def test_grad_scaler_skips_the_whole_step_on_overflow(make: Make, backend: str) 
     masters = [p.detach().clone() for p in tuned.parameters()]
     state = copy.deepcopy(optimizer.state_dict()["state"])
     bad = torch.zeros(45)
-    bad[tuned.mask["w0"][0]] = torch.inf
+    bad[tuned.mask["w0"][0]] = overflow
     set_gradients(tuned, [bad.view(9, 5), torch.ones(7)])  # w1 has good ones: it waits too
     scaler.step(optimizer)
     scaler.update()

@@ -117,6 +117,25 @@ def old_weight_normed() -> nn.Module:
         return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 2))
 
 
+def spectral_normed() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4)), nn.Linear(4, 2))
+
+
+def orthogonal() -> nn.Module:
+    return nn.utils.parametrizations.orthogonal(nn.Linear(6, 6))
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).mT
+
+
+def own_parametrization() -> nn.Module:
+    model = nn.Linear(6, 6)
+    nn.utils.parametrize.register_parametrization(model, "weight", Symmetric())
+    return model
+
+
 def channels_last_conv() -> nn.Module:
     return nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
 
@@ -162,6 +181,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     ),
     "weight_norm": (weight_normed, SEQUENCE),
     "weight_norm by hooks": (old_weight_normed, SEQUENCE),
+    "spectral_norm": (spectral_normed, SEQUENCE),
+    "orthogonal": (orthogonal, SEQUENCE),
+    "own parametrization": (own_parametrization, SEQUENCE),
     "checkpoint, reentrant": (lambda: Checkpointed(True), SEQUENCE),
     "checkpoint": (lambda: Checkpointed(False), SEQUENCE),
 }

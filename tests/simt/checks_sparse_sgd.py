@@ -6,9 +6,19 @@ import numpy as np
 
 from .library import SimtLibrary
 from .schedules import Schedule
-from .step_rows import Pair, fused_multiply_add, launch_and_compare, row_dtype, set_target
+from .step_rows import (
+    LEARNING_RATE,
+    ROWS_PER_PREPARE,
+    UNSET,
+    Pair,
+    fused_multiply_add,
+    launch_and_compare,
+    launch_capturable_and_compare,
+    row_dtype,
+    set_target,
+)
 
-# launch.h's SgdScalars and SparseSgdRow.
+# launch.h's SgdScalars, SparseSgdRow and SgdPlan.
 SCALARS = [
     *((name, "f4") for name in ("negative_lr", "momentum", "one_minus_dampening", "weight_decay")),
     *((name, "f4") for name in ("grad_scale", "grad_sign")),
@@ -16,6 +26,7 @@ SCALARS = [
 ]
 STREAMS = ("grad", "values", "momentum_buffer")
 ROW = row_dtype(STREAMS, SCALARS)
+PLAN = np.dtype([("step", "u8"), ("lr", LEARNING_RATE)])
 
 # One row each: entries, dtype of the weight (None: not masked), 64-bit offsets, momentum (None: no
 # buffer), weight decay, nesterov, first step. The sizes are those at which a warp, a block's width
@@ -48,11 +59,38 @@ def sgd(
 
 
 def check(lib: SimtLibrary, schedule: Schedule) -> None:
-    """Run one launch over rows of every kind and compare all arrays bit for bit."""
+    """Run one launch over rows of every kind and compare all arrays bit for bit, in both ways."""
     rng = np.random.default_rng(schedule.seed)
-    rows = np.zeros(len(ROWS), ROW)
+    rows, pairs = _rows(rng)
+    launch_and_compare(lib, "ff_sparse_sgd", rows, pairs)
+    # Also more rows than one launch prepares.
+    for fillers in (0, ROWS_PER_PREPARE) if schedule.seed % 4 == 0 else (0,):
+        rows, pairs = _rows(rng, fillers)
+        plans = np.zeros(len(rows), PLAN)
+        # Without momentum no step is counted; a first step is one that comes after none.
+        with_momentum, first = rows["momentum_buffer"] != 0, rows["scalars"]["first_step"] != 0
+        rows["scalars"]["first_step"] = np.where(with_momentum, first, UNSET)
+        steps = np.where(first, 0, 1 + np.arange(len(rows))).astype(np.float32)
+        plans["step"] = np.where(with_momentum, steps.ctypes.data + 4 * np.arange(len(rows)), 0)
+        rates = np.full(len(rows), 0.1), np.full(len(rows), 0.1, np.float32)
+        for number, plan in enumerate(plans):  # on the device in fp64 and fp32, a number
+            kind = number % 3
+            address = rates[kind].ctypes.data + rates[kind].itemsize * number if kind < 2 else 0
+            plan["lr"] = (address, np.nan if address else 0.1, kind == 1)
+        steps_after = steps + with_momentum.astype(np.float32)
+        launch_capturable_and_compare(
+            lib, "ff_sparse_sgd_capturable", rows, plans, [(steps, steps_after), *pairs]
+        )
+
+
+def _rows(rng: np.random.Generator, fillers: int = 0) -> tuple[np.ndarray, list[Pair]]:
+    """Return rows of every kind, and before them empty ones; and what they become."""
+    rows = np.zeros(fillers + len(ROWS), ROW)
+    rows["scalars"] = (-0.1, 0.0, 0.75, 0.0, 2.0, -1.0, 0, 0)
     pairs: list[Pair] = []
-    for row, (k, storage, wide, momentum, decay, nesterov, first) in zip(rows, ROWS, strict=True):
+    for row, (k, storage, wide, momentum, decay, nesterov, first) in zip(
+        rows[fillers:], ROWS, strict=True
+    ):
         grad, values, buffer = (rng.standard_normal(k).astype(np.float32) for _ in STREAMS)
         row["k"] = k
         row["scalars"] = (-0.1, momentum or 0.0, 0.75, decay, 2.0, -1.0, nesterov, first)
@@ -67,4 +105,4 @@ def check(lib: SimtLibrary, schedule: Schedule) -> None:
             pairs.append((buffer, buffer_after))
         if storage is not None:
             pairs += set_target(row, storage, wide, after, rng)
-    launch_and_compare(lib, "ff_sparse_sgd", rows, pairs)
+    return rows, pairs

@@ -40,6 +40,12 @@ _OWN_COUNTER = "Either of the two kernels has a counter to itself, as before."
 _OTHER_WAY = "At the limit another way to the same mask is taken, which has tests of its own."
 
 EQUIVALENT: tuple[Equivalent, ...] = (
+    Equivalent(
+        "capturable.cuh",
+        "< -> <=",
+        "first < step.num_rows",
+        "One launch more where the rows fill the last one, without a row.",
+    ),
     Equivalent("sparse_adam.h", ">= -> >", "adam_maximum", "Of two equal moments either will do."),
     Equivalent(
         "topk_mask.cu",

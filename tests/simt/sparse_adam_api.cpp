@@ -1,4 +1,4 @@
-// csrc/sparse_adam.cu for tests/test_sparse_adam_simt.py.
+// csrc/sparse_adam.cu for tests/test_sparse_optimizer_simt.py.
 #include "api.h"
 #include "launch.h"
 
@@ -7,5 +7,19 @@ extern "C" int ff_sparse_adam(const void* rows, const void* chunks, int64_t num_
     fishfast::sparse_adam_cuda(static_cast<const fishfast::SparseAdamRow*>(rows),
                                static_cast<const fishfast::StepChunk*>(chunks), num_chunks,
                                nullptr);
+  });
+}
+
+extern "C" int ff_sparse_adam_capturable(void* rows, const void* plans, int64_t num_rows,
+                                         const void* grads, const void* found_inf,
+                                         const void* grad_scale, const void* chunks,
+                                         int64_t num_chunks) {
+  return simt::call([&] {
+    fishfast::sparse_adam_capturable_cuda(
+        {static_cast<fishfast::SparseAdamRow*>(rows), static_cast<const fishfast::AdamPlan*>(plans),
+         static_cast<const fishfast::StepChunk*>(chunks), num_rows, num_chunks},
+        {static_cast<const float* const*>(grads), static_cast<const float*>(found_inf),
+         static_cast<const float*>(grad_scale)},
+        nullptr);
   });
 }

@@ -16,6 +16,11 @@ TARGET = [("weight", "u8"), ("offsets", "u8"), ("storage", "i4"), ("wide", "i4")
 CHUNK = np.dtype([("start", "i8"), ("row", "i8")])
 ENTRIES_PER_CHUNK = 1024
 
+# launch.h's LearningRate, and how many rows one launch of capturable.cuh prepares.
+LEARNING_RATE = [("tensor", "u8"), ("value", "f8"), ("in_float", "i8")]
+ROWS_PER_PREPARE = 480
+UNSET = 77  # stands where a launch has not written yet
+
 Pair = tuple[np.ndarray, np.ndarray]  # an array that the kernel sees, and what it must hold after
 
 
@@ -83,13 +88,58 @@ def launch_and_compare(
     lib: SimtLibrary, function: str, rows: np.ndarray, pairs: list[Pair]
 ) -> None:
     """Run one launch over all rows and compare all arrays bit for bit."""
-    starts = [
-        (start, r) for r, k in enumerate(rows["k"]) for start in range(0, k, ENTRIES_PER_CHUNK)
-    ]
-    chunks = np.array(starts, CHUNK)
+    chunks = _chunks(rows)
     arrays = (rows.view(np.uint8), chunks.view(np.uint8))
     lib.call(function, *arrays, 0)  # no chunk: no launch, nothing changes
     lib.call(function, *arrays, len(chunks))
+    _compare(pairs)
+
+
+def launch_capturable_and_compare(
+    lib: SimtLibrary, function: str, rows: np.ndarray, plans: np.ndarray, pairs: list[Pair]
+) -> None:
+    """Run one capturable launch, in which everything that varies is read from memory.
+
+    Args:
+        lib: the library.
+        function: its function.
+        rows: one per plan, complete; what the launch has to fill in is taken out before it.
+        plans: their plans.
+        pairs: what the launch changes besides the rows.
+    """
+    grads, chunks, blank = rows["grad"].copy(), _chunks(rows), rows.copy()
+    found_inf, grad_scale = np.zeros(1, np.float32), rows["scalars"]["grad_scale"][:1].copy()
+    blank["grad"] = 0
+    for name in _VARYING & set(rows["scalars"].dtype.names):
+        blank["scalars"][name] = UNSET
+    # One row more, which belongs to no launch.
+    table = np.concatenate([blank, np.zeros(1, rows.dtype)])
+    arrays = table.view(np.uint8), plans.view(np.uint8), len(plans), grads
+    sizes = chunks.view(np.uint8), len(chunks)
+    for overflow in (1.0, np.nan):
+        before = [got.copy() for got, _ in pairs]
+        found_inf[:] = overflow
+        lib.call(function, *arrays, found_inf, grad_scale, *sizes)
+        _compare([*zip((got for got, _ in pairs), before, strict=True), (table[:-1], blank)])
+    found_inf[:] = 0
+    lib.call(function, *arrays, found_inf, grad_scale, *sizes)
+    _compare([*pairs, (table[:-1], rows), (table[-1:], np.zeros(1, rows.dtype))])
+
+
+# The scalars that a capturable launch computes, of both optimizers.
+_VARYING = {"decay", "negative_step_size", "bias_correction2_sqrt"} | {
+    "negative_lr", "first_step", "grad_scale"
+}  # fmt: skip
+
+
+def _chunks(rows: np.ndarray) -> np.ndarray:
+    starts = [
+        (start, r) for r, k in enumerate(rows["k"]) for start in range(0, k, ENTRIES_PER_CHUNK)
+    ]
+    return np.array(starts, CHUNK)
+
+
+def _compare(pairs: list[Pair]) -> None:
     for number, (got, expected) in enumerate(pairs):
         np.testing.assert_array_equal(
             got.view(np.uint8), expected.view(np.uint8), err_msg=f"array {number}"
