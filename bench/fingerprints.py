@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fishfast as ff
-from fishfast import sparse_adam, sparse_sgd
 
 __all__ = ["differences", "main"]
 
@@ -35,18 +34,17 @@ _TESTS = Path(__file__).resolve().parents[1] / "tests"
 _DEVICES = ("cpu", "cuda", "simulated")
 _FISHER_TOLERANCE = 1e-3  # relative, in the Frobenius norm; a wrong sum is off by far more
 
-_OPTIMIZERS: dict[str, tuple[str, Callable[..., Any], torch.dtype, dict[str, Any]]] = {
-    "AdamW bf16": ("sparse_adam", ff.AdamW, torch.bfloat16, {"weight_decay": 0.1}),
+_OPTIMIZERS: dict[str, tuple[Callable[..., Any], torch.dtype, dict[str, Any]]] = {
+    "AdamW bf16": (ff.AdamW, torch.bfloat16, {"weight_decay": 0.1}),
     "AdamW amsgrad fp32": (
-        "sparse_adam", ff.AdamW, torch.float32, {"amsgrad": True, "betas": (0.9, 0.5)},
+        ff.AdamW, torch.float32, {"amsgrad": True, "betas": (0.9, 0.5)},
     ),
-    "Adam fp16": ("sparse_adam", ff.Adam, torch.float16, {"weight_decay": 0.1}),
-    "SGD fp32": ("sparse_sgd", ff.SGD, torch.float32, {}),
+    "Adam fp16": (ff.Adam, torch.float16, {"weight_decay": 0.1}),
+    "SGD fp32": (ff.SGD, torch.float32, {}),
     "SGD nesterov bf16": (
-        "sparse_sgd", ff.SGD, torch.bfloat16, {"momentum": 0.9, "nesterov": True},
+        ff.SGD, torch.bfloat16, {"momentum": 0.9, "nesterov": True},
     ),
 }  # fmt: skip
-_ROWS = {"sparse_adam": sparse_adam._ROW_DTYPE, "sparse_sgd": sparse_sgd._ROW_DTYPE}
 
 
 def _hash(tensors: Iterable[Tensor]) -> str:
@@ -89,16 +87,17 @@ def _masks(device: str) -> dict[str, str]:
 
 def _steps(device: str) -> dict[str, str]:
     where = "cpu" if device == "simulated" else device
-    hashes = {}
-    for name, (operation, make, dtype, options) in _OPTIMIZERS.items():
-        with _simulated_step(operation) if device == "simulated" else contextlib.nullcontext():
-            hashes[name] = _hash(_train(make, dtype, where, options))
-    return hashes
+    with _simulated_steps() if device == "simulated" else contextlib.nullcontext():
+        return {
+            name: _hash(_train(make, dtype, where, device, options))
+            for name, (make, dtype, options) in _OPTIMIZERS.items()
+        }
 
 
 def _train(
-    make: Callable[..., Any], dtype: torch.dtype, device: str, options: dict[str, Any]
-) -> list[Tensor]:
+    make: Callable[..., Any], dtype: torch.dtype, device: str, backend: str,
+    options: dict[str, Any],
+) -> list[Tensor]:  # fmt: skip
     """Take four steps on random gradients, and return all that a step writes."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(1031,), (64, 33, 3, 3), (2049, 7), (1,)]
@@ -106,7 +105,7 @@ def _train(
     weights[1] = weights[1].to(memory_format=torch.channels_last)
     model = nn.ParameterList(weights).to(device)
     tuned = ff.train_only(model, ff.random_mask(model, density=0.4, seed=0))
-    optimizer = make(tuned.parameters(), lr=1e-2, backend=device, **options)
+    optimizer = make(tuned.parameters(), lr=1e-2, backend=backend, **options)
     for _ in range(4):
         for parameter in tuned.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
@@ -126,17 +125,15 @@ def _simulated_masks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _simulated_step(operation: str) -> Iterator[None]:
+def _simulated_steps() -> Iterator[None]:
     import pytest
-    from simt.build import CSRC, HERE
-    from simt.sparse_step_backend import simulate
+    from simt.sparse_step_backend import SOURCES, install
 
-    library = _library(CSRC / f"{operation}.cu", HERE / f"{operation}_api.cpp")
     with pytest.MonkeyPatch.context() as patch:
-        simulated = simulate(patch, library, operation, _ROWS[operation])
+        extension = install(patch, _library(*SOURCES))
         yield
-        if not simulated.launches:
-            raise RuntimeError(f"the simulated {operation} kernel was not called")
+        if not extension.launches:
+            raise RuntimeError("the simulated kernels were not called")
 
 
 @functools.cache

@@ -34,8 +34,8 @@ def test_a_cpu_agrees_with_itself_and_another_step_is_named(
     run(fingerprints, "run", "cpu", files[1])
     result = run(fingerprints, "compare", *files[:2])
     assert (result.exit_code, result.output) == (0, "cpu, cpu: the same 9 bit patterns\n")
-    operation, make, dtype, options = fingerprints._OPTIMIZERS["Adam fp16"]
-    changed = (operation, make, dtype, {**options, "weight_decay": 0.1001})
+    make, dtype, options = fingerprints._OPTIMIZERS["Adam fp16"]
+    changed = (make, dtype, {**options, "weight_decay": 0.1001})
     monkeypatch.setitem(fingerprints._OPTIMIZERS, "Adam fp16", changed)
     run(fingerprints, "run", "cpu", files[2])
     result = run(fingerprints, "compare", *files)

@@ -95,7 +95,7 @@ def test_a_rehearsal_is_marked_and_passes_without_what_needs_a_card(script: Scri
     assert result.stdout.startswith("== REHEARSAL: no GPU here.")
     assert (script.out / "summary.txt").read_text().startswith("REHEARSAL")
     assert script.summary() == {**dict.fromkeys(PARTS, "ok"), "sanitize": "not run: no GPU"}
-    assert script.calls("test_sparse_adam_simt.py") == 1
+    assert script.calls("test_sparse_optimizer_simt.py") == 1
     with tarfile.open(script.out / "results.tar.gz") as archive:
         names = {name.removeprefix("./") for name in archive.getnames()}
     assert {"summary.txt", "bench.json", "build.log", "tests.log", "report.done"} <= names
