@@ -53,7 +53,7 @@ class Target:
         module, name = owners[0]
         self.shape = module._parameters[name].shape  # type: ignore[union-attr]
         self.retired = False  # by another mask: whoever still trains these values is told so
-        self._seen: tuple[Tensor, int] | None = None  # the weight and its version at that time
+        self._seen: tuple[Tensor, int, int] | None = None  # what `_state` said at that time
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
         self.name = ""  # the weight's in the model, for errors: set by who knows it
 
@@ -70,7 +70,7 @@ class Target:
                 "tuned.remask; pass it optimizer=, or make a new optimizer from tuned.parameters()"
             )
         module, name = self.owners[0]
-        weight = module._parameters[name]
+        weight = module._parameters.get(name)  # a parametrization or pruning takes it away
         if weight is None or weight.shape != self.shape:
             got = "gone" if weight is None else f"of shape {tuple(weight.shape)} now"
             raise RuntimeError(
@@ -99,7 +99,7 @@ class Target:
         """Return whether every owner of the weight holds the same tensor."""
         if len(self.owners) == 1:  # nearly always, and asked in every step
             return True
-        return len({id(module._parameters[name]) for module, name in self.owners}) == 1
+        return len({id(module._parameters.get(name)) for module, name in self.owners}) == 1
 
     def offsets(self, weight: Tensor) -> Tensor:
         """Return where the selected weights lie in the weight's storage: indices, if contiguous."""
@@ -119,11 +119,21 @@ class Target:
 
     def mark_seen(self, weight: Tensor) -> None:
         """Remember the weight as it is: the masters agree with it."""
-        self._seen = weight, weight._version
+        self._seen = _state(weight)
 
     def changed(self, weight: Tensor) -> bool:
-        """Return whether the weight was replaced or written to since `mark_seen`."""
-        return self._seen is None or self._seen[0] is not weight or self._seen[1] != weight._version
+        """Return whether the weight was replaced or written to since `mark_seen`.
+
+        Writes past autograd, such as ``weight.data.zero_()``, leave no trace.
+        """
+        seen = self._seen
+        return seen is None or seen[0] is not weight or seen[1:] != _state(weight)[1:]
+
+    def agrees(self) -> bool:
+        """Return whether the weight is there and was not changed; raises nothing."""
+        module, name = self.owners[0]
+        weight = module._parameters.get(name)
+        return weight is not None and not self.changed(weight)
 
     def gather(self) -> Tensor:
         """Return the selected weights, in the weight's dtype."""
@@ -135,6 +145,11 @@ class Target:
         storage = weight.detach().as_strided((_extent(weight),), (1,))
         storage.index_copy_(0, self.offsets(weight).long(), values.detach().to(weight.dtype))
         self.mark_seen(weight)
+
+
+def _state(weight: Tensor) -> tuple[Tensor, int, int]:
+    # The address tells of ``weight.data = other``, which counts no version.
+    return weight, weight._version, weight.data_ptr()
 
 
 def _extent(tensor: Tensor) -> int:
@@ -210,6 +225,7 @@ class _TappedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the module, but stay fp32: `model.to(bfloat16)` must not round the masters."""
         base_apply = super()._apply
+        agreed = [target for target in self._masked.values() if target.agrees()]
         result = self._without_compact(lambda: base_apply(fn, recurse))
         for name, target in self._masked.items():
             values = self._parameters[name + VALUES_SUFFIX]
@@ -217,9 +233,12 @@ class _TappedModule(nn.Module):
                 values.data = _moved(values.data, fn)
                 if values.grad is not None:
                     values.grad.data = _moved(values.grad.data, fn)
-            weight = self._parameters[name]
+            weight = self._parameters.get(name)
             if weight is not None:
                 target.move(weight.device)
+        for target in agreed:
+            if target.is_whole():  # else a tied one is in pieces until its other owners moved
+                target.mark_seen(target.weight())
         return result
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

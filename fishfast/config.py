@@ -75,7 +75,7 @@ class FishConfig:
             _refuse_other_type("density", self.density, (float, int), "a number")
             if not 0 < self.density <= 1:
                 raise ValueError(f"density must be in (0, 1]; got {self.density!r}")
-        least = {"k": 1, "num_samples": 1, "num_label_samples": 1, "seed": 0}
+        least = {"k": 1, "num_samples": 1, "num_label_samples": 1, "seed": 0, "power": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is None and name in ("k", "num_samples"):
@@ -118,7 +118,7 @@ class FishConfig:
             raise ValueError(f"{source} is not a JSON file: {error}") from error
         if not isinstance(contents, dict) or contents.pop("format", None) != _FORMAT:
             raise ValueError(f'{source} must be a {_FORMAT} file, with "format": "{_FORMAT}"')
-        if (version := contents.pop("format_version", None)) != _VERSION:
+        if (version := contents.pop("format_version", None)) != _VERSION or version is True:
             raise ValueError(
                 f"{source} has format_version {version!r}; this fishfast reads version {_VERSION}; "
                 "upgrade fishfast or save it again"

@@ -177,12 +177,15 @@ def from_pretrained(model: nn.Module, save_directory: PathLike) -> nn.Module:
     """
     config = FishConfig.from_json_file(Path(save_directory) / CONFIG_NAME)
     delta = load_delta(Path(save_directory) / DELTA_NAME)
+    grads = [(p, p.grad) for p in model.parameters()] if isinstance(model, nn.Module) else []
     handle = FishTuning.on(model, delta.mask, config)
     try:
         delta.refuse_other_base(handle.base)
         delta.apply_(model, check_base=False)
     except BaseException:
         handle.release()
+        for parameter, grad in grads:
+            parameter.grad = grad
         raise
     return model
 

@@ -53,6 +53,11 @@ def tapped_property(name: str) -> property:
     values_name = name + VALUES_SUFFIX
 
     def read(module: Any) -> Any:
+        if name not in module._parameters:
+            raise RuntimeError(
+                f"the masked parameter {name!r} of {type(module).__name__} was taken away; call "
+                "release() before a parametrization, pruning or del"
+            )
         weight = module._parameters[name]
         values = module._parameters.get(values_name)
         if values is None or not torch.is_grad_enabled():

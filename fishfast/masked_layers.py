@@ -151,7 +151,15 @@ def _embedding_forward(self: Any, input: Tensor) -> Tensor:
     return _side_tap(self, y, input, "embedding", padding)
 
 
-def _conv_forward(stock: type[nn.Module], conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _for_each_dim(setting: Any, dims: int) -> tuple[int, ...]:
+    """Return a stride, padding or dilation of every dim; torch takes one number for all, too."""
+    given = tuple(setting) if isinstance(setting, Iterable) else (setting,)
+    return given * dims if len(given) == 1 else given
+
+
+def _conv_forward(
+    stock: type[nn.Module], conv: Callable[..., Tensor], dims: int
+) -> Callable[..., Tensor]:
     def forward(self: Any, input: Tensor) -> Tensor:
         if _is_plain(self, input):
             return stock.forward(self, input)
@@ -159,14 +167,14 @@ def _conv_forward(stock: type[nn.Module], conv: Callable[..., Tensor]) -> Callab
         if isinstance(padding, str) or self.padding_mode != "zeros":
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0,) * len(self.stride)
-        y = conv(
-            input, _frozen_weight(self), self.bias,
-            self.stride, padding, self.dilation, self.groups,
-        )  # fmt: skip
-        return _side_tap(
-            self, y, input, "conv", *self.stride, *padding, *self.dilation, self.groups
+            padding = 0
+        stride, padding, dilation = (
+            _for_each_dim(setting, dims) for setting in (self.stride, padding, self.dilation)
         )
+        y = conv(
+            input, _frozen_weight(self), self.bias, stride, padding, dilation, self.groups,
+        )  # fmt: skip
+        return _side_tap(self, y, input, "conv", *stride, *padding, *dilation, self.groups)
 
     return forward
 
@@ -174,9 +182,9 @@ def _conv_forward(stock: type[nn.Module], conv: Callable[..., Tensor]) -> Callab
 _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: _linear_forward,
     nn.Embedding: _embedding_forward,
-    nn.Conv1d: _conv_forward(nn.Conv1d, F.conv1d),
-    nn.Conv2d: _conv_forward(nn.Conv2d, F.conv2d),
-    nn.Conv3d: _conv_forward(nn.Conv3d, F.conv3d),
+    nn.Conv1d: _conv_forward(nn.Conv1d, F.conv1d, 1),
+    nn.Conv2d: _conv_forward(nn.Conv2d, F.conv2d, 2),
+    nn.Conv3d: _conv_forward(nn.Conv3d, F.conv3d, 3),
 }
 # Attention reads its weight and never calls it.
 _NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear

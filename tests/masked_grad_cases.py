@@ -50,6 +50,10 @@ CONV: dict[str, Case] = {
     "conv2d": (lambda: nn.Conv2d(6, 10, 3), IMAGES),
     "conv2d, no bias, dilation": (lambda: nn.Conv2d(6, 10, 3, dilation=2, bias=False), IMAGES),
     "conv2d, 1x1": (lambda: nn.Conv2d(6, 10, 1), IMAGES),
+    "conv2d, one number for all dims": (
+        lambda: nn.Conv2d(6, 10, (3, 2), stride=(2,), padding=(2,), dilation=(2,)),
+        IMAGES,
+    ),
     "conv2d, stride": (lambda: nn.Conv2d(6, 10, (3, 2), (2, 3), (1, 0)), IMAGES),
     "conv2d, groups": (lambda: nn.Conv2d(6, 12, 3, padding=1, groups=3), IMAGES),
     "conv2d, depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), IMAGES),

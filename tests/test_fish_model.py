@@ -226,11 +226,14 @@ def test_another_base_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     model.fish.save_pretrained(tmp_path)
     for other in (Net().requires_grad_(False), net().bfloat16(), nn.Linear(2, 2)):
         before, flags = state_of(other), [p.requires_grad for p in other.parameters()]
+        for parameter in other.parameters():
+            parameter.grad = torch.ones_like(parameter)
         with pytest.raises(ValueError, match="another base model|must fit the model"):
             ff.from_pretrained(other, tmp_path)
         assert_state(other, before)
         assert not hasattr(other, "fish")
         assert [p.requires_grad for p in other.parameters()] == flags
+        assert all(p.grad is not None and bool((p.grad == 1).all()) for p in other.parameters())
     os.remove(tmp_path / "fish_config.json")
     with pytest.raises(FileNotFoundError, match=r"fish_config\.json"):
         ff.from_pretrained(net(), tmp_path)
@@ -291,6 +294,7 @@ def test_config_defaults_are_those_of_the_functions() -> None:
         ({"head": "x"}, ValueError, "head must be one of .*; got 'x'"),
         ({"scope": "model"}, ValueError, "scope must be one of .*; got 'model'"),
         ({"power": 3}, ValueError, "power must be one of .*; got 3"),
+        ({"power": True}, TypeError, "power must be a whole number; got True"),
     ],
 )
 def test_config_refuses(options: Any, error: Any, match: str, tmp_path: Path) -> None:
@@ -309,12 +313,13 @@ def test_config_refuses(options: Any, error: Any, match: str, tmp_path: Path) ->
         ("[1]", "must be a fishfast.config file"),
         ('{"k": 3}', "must be a fishfast.config file"),
         ('{"format": "fishfast.config", "format_version": 2}', "has format_version 2; this fish"),
+        ('{"format": "fishfast.config", "format_version": true}', "has format_version True; this"),
         (
             '{"format": "fishfast.config", "format_version": 1, "kk": 3}',
             "has the unknown field 'kk'; known: .*'k'",
         ),
     ],
-    ids=["empty", "list", "no format", "newer", "unknown"],
+    ids=["empty", "list", "no format", "newer", "true", "unknown"],
 )
 def test_config_files_that_are_none(text: str, match: str, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(text)

@@ -121,6 +121,16 @@ def test_gradients_of_a_model(name: str, style: str) -> None:
     assert_all(model, by_torch, exact)
 
 
+def test_a_convolution_with_plain_numbers() -> None:
+    """As in ``layer.stride = 1``, which turns a classifier into a segmentation model."""
+    model = nn.Conv2d(3, 10, 3)
+    model.stride, model.padding, model.dilation = 2, 1, 2
+    by_torch, exact = (dense(model, IMAGES, dtype) for dtype in (torch.float32, torch.float64))
+    ff.train_only(model, weights_mask(model))
+    model(IMAGES).square().sum().backward()
+    assert_all(model, by_torch, exact)
+
+
 @pytest.mark.skipif(
     torch.__version__.startswith("2.6"), reason="torch 2.6 cannot compile through the tap"
 )

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from stepping import assert_state, same_bits, state_of
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from train_only_modules import mask_over_all, numbers
 from train_only_net import assert_masters_match, net, train, tuned_net
 
@@ -151,15 +152,40 @@ def test_load_with_assign_of_a_tied_weight_is_refused_by_name() -> None:
         assert same_bits(tuned.model.state_dict()[name], base[name]), name
 
 
-def test_weight_replaced_by_hand_is_followed() -> None:
-    model = nn.Linear(4, 3)
+def _as_parameter(model: nn.Module, other: Tensor) -> None:
+    model.weight = nn.Parameter(other, requires_grad=False)
+
+
+def _as_data(model: nn.Module, other: Tensor) -> None:
+    dict(model.named_parameters())["weight"].data = other
+
+
+@pytest.mark.parametrize("replace", [_as_parameter, _as_data])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_replaced_by_hand_is_followed(replace: Any, dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 3).to(dtype)
     tuned = ff.train_only(model, mask_over_all(model))
-    other = numbers(3, 4, seed=3)
-    model.weight = nn.Parameter(other.clone(), requires_grad=False)
+    other = numbers(3, 4, seed=3).to(dtype)
+    replace(model, other.clone())
     for parameter in tuned.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ff.SGD(tuned.parameters(), lr=0.1).step()
     assert same_bits(model.state_dict()["weight"], other)
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_parametrizing_a_masked_weight_is_refused(wrap: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    tuned = ff.train_only(model, mask_over_all(model))
+    optimizer = ff.SGD(tuned.parameters(), lr=0.1)
+    with pytest.raises(
+        RuntimeError, match=r"'weight' of .*Linear was taken away; call release\(\)"
+    ):
+        wrap(model[0])
+    for parameter in tuned.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(RuntimeError, match=r"'weight' of .*Linear had shape \(3, 4\).* is gone"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch", "attached"])
