@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -33,6 +35,8 @@ __all__ = [
 
 PathLike = str | os.PathLike[str]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def write_atomically(
     path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]
@@ -49,11 +53,23 @@ def write_atomically(
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: the disk is full, or refuses otherwise.
         ValueError: the target exists and is no regular file.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {**metadata, "sha256": _sha256(ready)}
-    replace_file(path, lambda temporary: save_file(ready, temporary, described))
+    replace_file(path, lambda temporary: _save(ready, temporary, described))
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Save; what the system refuses is an OSError here too, not the library's own error."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def write_text_atomically(path: PathLike, text: str) -> None:
@@ -91,7 +107,8 @@ def replace_file(path: PathLike, write: Callable[[Path], object]) -> None:
         # Created here to learn the mode that the umask gives; the library's own is 0600.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
-        write(temporary)
+        with _naming_where_full(path):
+            write(temporary)
         os.chmod(temporary, mode)
         _fsync(temporary, os.O_RDWR)
         os.replace(temporary, target)
@@ -121,7 +138,8 @@ def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
     temporary = target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
     temporary.mkdir()
     try:
-        write(temporary)
+        with _naming_where_full(path):
+            write(temporary)
         for place in sorted(temporary.rglob("*")):
             _fsync(place, os.O_RDONLY)
         _fsync(temporary, os.O_RDONLY)
@@ -130,6 +148,17 @@ def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync(target.parent, os.O_RDONLY)
+
+
+@contextlib.contextmanager
+def _naming_where_full(path: PathLike) -> Iterator[None]:
+    """Say which file a full disk has no room for; a failed write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            error.filename = os.fspath(path)
+        raise
 
 
 class Checksum:

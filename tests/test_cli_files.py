@@ -295,6 +295,65 @@ def test_progress_where_it_is_asked_for(path: Path, tmp_path: Path) -> None:
     assert "100%" in run(*same).stderr
 
 
+def test_outputs_never_take_the_place_of_inputs(mask_path: Path, tmp_path: Path) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    for folder, step in ((base, 0), (tuned, 1)):
+        folder.mkdir()
+        state = {"w": torch.arange(100.0)}
+        state["w"][3] += step
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    files = [mask_path, *base.iterdir(), *tuned.iterdir()]
+    before = [file.read_bytes() for file in files]
+    (tmp_path / "link").symlink_to(mask_path)
+    command = ["diff", base, tuned, "-o"]
+    for place in files[1:]:
+        assert "which this command reads, and must not be" in failed(run(*command, place))
+    weights = base / "model.safetensors", tuned / "model.safetensors"
+    assert "must not be its output too" in failed(run("diff", *weights, "-o", weights[0]))
+    for place in (mask_path, tmp_path / "link"):
+        assert "must not be its output too" in failed(run("inspect", mask_path, "--png", place))
+    assert [file.read_bytes() for file in files] == before
+    for _ in range(2):  # a delta may lie there, and be written again
+        succeeded(run(*command, tuned / "delta.safetensors"))
+
+
+@pytest.mark.parametrize("what", ["delta", "picture", "file", "folder"])
+def test_a_full_disk_leaves_nothing_and_is_named(
+    what: str, path: Path, mask_path: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, whose files may have 512 bytes."""
+    state = Net().state_dict()
+    del state["again.weight"]
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(state, base / "model.safetensors")
+    file, out = base / "model.safetensors", tmp_path / "out"
+    (tmp_path / "tuned").mkdir()
+    save_file(
+        {name: tensor + 1 for name, tensor in state.items()}, tmp_path / "tuned/model.safetensors"
+    )
+    arguments = {
+        "delta": ["diff", base, tmp_path / "tuned", "--allow-large", "-o", out],
+        "picture": ["inspect", mask_path, "--png", out],
+        "file": ["apply", file, path, "-o", out],
+        "folder": ["apply", base, path, "-o", out],
+    }[what]
+    limited = (
+        "import resource, signal, sys; from fishfast.cli import main;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)); main()"
+    )
+    before = sorted(os.listdir(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == f"Error: File too large: {str(out)!r}\n"
+    assert done.stdout == ""
+    assert done.returncode == 1
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_a_real_process(path: Path, mask_path: Path) -> None:
     """Exit codes and streams, without what only a test runner gives."""
     command = [sys.executable, "-m", "fishfast", "inspect"]

@@ -307,6 +307,22 @@ def test_missing_models_data_and_packages(
         assert 'pip install "fishfast[score]"' in result.stderr
 
 
+def test_outputs_are_files_of_their_own(folder: Path, tmp_path: Path) -> None:
+    data, weights = folder / "rows.jsonl", folder / "bert/model.safetensors"
+    before = data.read_bytes(), weights.read_bytes()
+    out, more = tmp_path / "f", ["--density", "0.5", "--mask"]
+    for places in ([data], [weights], [out, *more, data], [out, "--resume", weights]):
+        result = score(folder / "bert", data, "-o", *places)
+        assert result.exit_code == 1
+        assert "must not be its output too" in result.stderr
+    for places in ([*more, out], ["--resume", out], [*more, tmp_path / "m", "--resume", out]):
+        result = score(folder / "bert", data, "-o", out, *places)
+        assert result.exit_code == 1
+        assert "--out, --mask and --resume must be different files" in result.stderr
+    assert (data.read_bytes(), weights.read_bytes()) == before
+    assert not list(tmp_path.iterdir())
+
+
 def test_options_that_need_each_other(folder: Path, tmp_path: Path) -> None:
     for options in (["--mask", "m"], ["--density", "0.1"], ["--keep", "x"], ["--density", "0"]):
         result = score(folder / "bert", folder / "rows", "-o", tmp_path / "f", *options)

@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 import fishfast as ff
-from fishfast.cli.common import FILE, PATH, PROGRESS, clean_errors, wants_progress
+from fishfast.cli.common import (
+    FILE,
+    PATH,
+    PROGRESS,
+    clean_errors,
+    refuse_overwriting,
+    wants_progress,
+)
 
 __all__ = ["apply", "diff"]
 
@@ -78,6 +85,7 @@ def diff(
     differs when one bit does: 0.0 and -0.0 too.
     """
     with clean_errors():
+        refuse_overwriting(out, base, tuned)
         delta = ff.diff_checkpoints(
             base,
             tuned,

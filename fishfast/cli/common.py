@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from safetensors import SafetensorError, safe_open
 
-__all__ = ["FILE", "JSON", "PATH", "PROGRESS", "clean_errors", "wants_progress"]
+__all__ = [
+    "FILE",
+    "JSON",
+    "PATH",
+    "PROGRESS",
+    "clean_errors",
+    "refuse_overwriting",
+    "wants_progress",
+]
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -40,3 +50,34 @@ def clean_errors() -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:
             text = error.strerror + (f": {error.filename!r}" if error.filename else "")
         raise click.ClickException(" ".join(text.split())) from error
+
+
+def refuse_overwriting(out: Path, *inputs: Path) -> None:
+    """Refuse an output in the place of what a command reads.
+
+    Args:
+        out: the file to write.
+        inputs: files and folders that are read. Of a folder, files that fishfast wrote may be
+            written again, such as a delta beside its checkpoint.
+
+    Raises:
+        ValueError: it is one of them, or a file of another kind in one of them.
+    """
+    if not out.exists():
+        return
+    for path in inputs:
+        if path.exists() and os.path.samefile(out, path):
+            raise ValueError(f"{str(out)!r} is read by this command and must not be its output too")
+        if path.resolve() in out.resolve().parents and not _is_ours(out):
+            raise ValueError(
+                f"{str(out)!r} belongs to {str(path)!r}, which this command reads, and must not be "
+                "its output too; name another file"
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format", "").startswith("fishfast.")
+    except (SafetensorError, OSError):
+        return False

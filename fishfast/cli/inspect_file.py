@@ -9,7 +9,7 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from fishfast.cli.common import FILE, JSON, clean_errors
+from fishfast.cli.common import FILE, JSON, clean_errors, refuse_overwriting
 from fishfast.inspection import Inspection, inspect_file
 from fishfast.plots import draw_layers, save_png
 
@@ -32,6 +32,8 @@ def inspect(file: Path, top: int | None, png: Path | None, as_json: bool) -> Non
     FILE is checked like any that fishfast loads: a damaged or foreign one is an error.
     """
     with clean_errors():
+        if png is not None:
+            refuse_overwriting(png, file)
         found = inspect_file(file)
         if png is not None:
             _draw(found, png)

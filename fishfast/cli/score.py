@@ -12,7 +12,7 @@ import torch
 
 import fishfast as ff
 from fishfast._names import split_by_rule
-from fishfast.cli.common import FILE, PATH, clean_errors
+from fishfast.cli.common import FILE, PATH, clean_errors, refuse_overwriting
 from fishfast.model_folders import LoadedModel, load_model, load_rows
 from fishfast.text_batches import make_batches
 
@@ -108,7 +108,7 @@ def score(model: Path, data: Path, out: Path, **options: Any) -> None:
     if options["mask"] is None and (options["keep"] or options["exclude"]):
         raise click.UsageError("--keep and --exclude go with --mask and --density")
     with clean_errors():
-        _refuse_missing_folders(out, options["mask"], options["resume"])
+        _refuse_bad_places(model, data, out, options["mask"], options["resume"])
         loaded = _load(model, options)
         batches = make_batches(
             loaded,
@@ -176,7 +176,15 @@ def _hush() -> None:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
 
-def _refuse_missing_folders(*paths: Path | None) -> None:
+def _refuse_bad_places(model: Path, data: Path, *outputs: Path | None) -> None:
+    """Refuse what could not be written after hours, or would take the place of something else."""
+    paths = [path for path in outputs if path is not None]
     for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
+        if not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"the folder of {str(path)!r} must exist; create it first")
+        refuse_overwriting(path, model, data)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(
+            "--out, --mask and --resume must be different files; got "
+            f"{', '.join(repr(str(path)) for path in paths)}"
+        )
