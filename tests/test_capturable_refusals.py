@@ -50,8 +50,8 @@ CHANGES = {
     "amsgrad": (set_option(amsgrad=True), "amsgrad changed"),
     "weight replaced": (replace_weight, "a weight was written to or replaced"),
     "weight written": (write_weight, "a weight was written to or replaced"),
-    "weight moved": (move_weight, "parameters, weights or what has a gradient changed"),
-    "layout": (change_layout, "parameters, weights or what has a gradient changed"),
+    "weight moved": (move_weight, "a weight was written to or replaced"),
+    "layout": (change_layout, "a weight was written to or replaced"),
     "state loaded": (load, "parameters, weights or what has a gradient changed"),
     "no gradient": (no_gradient, "parameters, weights or what has a gradient changed"),
 }
