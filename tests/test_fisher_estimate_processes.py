@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fisher_checks import assert_same_state, state_of
+from leaving import leave_group
 from models import classify, mlp
 from torch import nn
 
@@ -141,7 +142,7 @@ def run(rank, folder):
     gradients = [p.grad.flatten().tolist() for p in model.parameters()]
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump({"errors": errors, "gradients": gradients}, file)
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-# An optimizer's first step imports it, when its default arguments would hold the group, whose
-# threads would outlive destroy_process_group and may abort the process at its end.
-import torch.distributed.nn
+from leaving import leave_group
 from stepping import same_bits, state_of
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -77,7 +74,7 @@ def ddp_worker(rank: int, folder: str) -> None:
     remasked(tuned, optimizer)
     history += three_steps(wrapped(model, sent[1]), model, optimizer, data, share=1)
     torch.save((history, sent), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def test_two_ddp_ranks_equal_one_process_on_the_joined_batch(tmp_path: Any) -> None:
