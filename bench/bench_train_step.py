@@ -25,6 +25,8 @@ from fisher_baselines import Unavailable
 from fisher_models import Workload, build
 from harness import compare, devices, full_size, gate, peak_bytes, skip, synchronized
 from shapes import BERT_LARGE, LLAMA_1B, size_set
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from train_contenders import CONTENDERS, FLOOR, Budget, Masks, Training, label, prepare
 from train_reference import Reference, check, train_reference
 
@@ -181,7 +183,9 @@ def resident_bytes(device: torch.device) -> int:
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    found = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    # Fake tensors, which torch.compile leaves behind, have no memory.
+    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    found = (o for o in tensors if not issubclass(type(o), (FakeTensor, FunctionalTensor)))
     storages = {}
     for tensor in found:
         if tensor.device == device and tensor.layout == torch.strided:
