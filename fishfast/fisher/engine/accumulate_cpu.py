@@ -2,7 +2,8 @@
 
 A product per sample costs a pass over the weight, which a sample of few rows does not pay for: at
 16 rows torch's products take twice the time of the weight's ordinary gradient, at 4 rows six to
-nine times. Samples of many rows are torch's.
+nine times. Samples of many rows are torch's. Convolutions are the kernel's for longer: torch's
+products need their windows copied.
 """
 
 from __future__ import annotations
