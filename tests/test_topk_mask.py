@@ -13,6 +13,7 @@ import torch
 from cases import CHUNK, DTYPES, SIZES, VALUES
 
 import fishfast as ff
+from fishfast import _backend
 from fishfast.topk_mask.select_cpu import CpuPasses
 
 # "simulated": the CUDA kernels and the Python above them, on CPU tensors.
@@ -42,8 +43,9 @@ def some_k(n):
 
 
 @pytest.fixture
-def threads():
-    """Set torch's number of threads; put back afterwards."""
+def threads(monkeypatch):
+    """Set torch's number of threads, which all work then; put back afterwards."""
+    monkeypatch.setattr(_backend, "_START_OF_THREADS", 0)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
