@@ -48,6 +48,8 @@ class Update:
         weight: the target's weight.
     """
 
+    __slots__ = ("grad", "group", "state", "target", "values", "weight")
+
     def __init__(self, values: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         grad = values.grad
         assert grad is not None
