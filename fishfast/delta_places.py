@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fishfast.compact import Target, compact_parameters
+from fishfast.compact import compact_parameters
+from fishfast.compact_target import Target
 from fishfast.mask import SparseMask
 
 __all__ = ["Places", "targets_of"]
