@@ -95,6 +95,32 @@ def _grad_values(constants: tuple[Any, ...], grad: Tensor, x: Tensor, *plan: Any
     return masked_grad(kind, grad, x, *plan, *others)
 
 
+class BiasTap(torch.autograd.Function):
+    """``(y, bias, dims) -> y``, whose backward sums the gradient of a convolution's bias.
+
+    Asked for the bias alone, torch's own backward on a CPU computes the dense weight gradient, too.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, bias: Tensor, dims: int) -> Tensor:
+        """Return the layer's output, of [(B,) C, positions of dims] elements."""
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep which dims are positions."""
+        y, bias, dims = inputs
+        ctx.dtype = bias.dtype  # fp32 under autocast
+        ctx.summed = [dim for dim in range(y.dim()) if dim != y.dim() - dims - 1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of y and of the bias."""
+        return grad, grad.sum(ctx.summed, dtype=ctx.dtype), None
+
+
 def _side_tap(module: Any, y: Tensor, x: Tensor, kind: str, *geometry: int) -> Tensor:
     target = module._masked["weight"]
     plan = target.plan
@@ -171,9 +197,14 @@ def _conv_forward(
         stride, padding, dilation = (
             _for_each_dim(setting, dims) for setting in (self.stride, padding, self.dilation)
         )
+        bias = self.bias
+        sums_bias = bias is not None and bias.requires_grad and input.device.type == "cpu"
         y = conv(
-            input, _frozen_weight(self), self.bias, stride, padding, dilation, self.groups,
+            input, _frozen_weight(self), bias.detach() if sums_bias else bias,
+            stride, padding, dilation, self.groups,
         )  # fmt: skip
+        if sums_bias:
+            y = BiasTap.apply(y, bias, dims)
         return _side_tap(self, y, input, "conv", *stride, *padding, *dilation, self.groups)
 
     return forward

@@ -13,6 +13,7 @@ from cases import CHUNK, DTYPES, SIZES, VALUES
 from topk_cases import BACKENDS, few_values
 
 import fishfast as ff
+from fishfast import _backend
 
 
 def named(sizes, make, dtype=torch.float32):
@@ -38,8 +39,9 @@ def some_k(n):
 
 
 @pytest.fixture
-def threads():
-    """Set torch's number of threads; put back afterwards."""
+def threads(monkeypatch):
+    """Set torch's number of threads, which all work then; put back afterwards."""
+    monkeypatch.setattr(_backend, "_START_OF_THREADS", 0)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
