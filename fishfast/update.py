@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishfast.compact import CompactParameter, Target
+from fishfast.compact import CompactParameter
+from fishfast.compact_target import Target
 
 __all__ = ["Update", "is_capturing", "refuse_in_capture", "refuse_not_finite"]
 
