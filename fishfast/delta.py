@@ -20,7 +20,7 @@ from fishfast.delta_places import Places, targets_of
 from fishfast.mask import SparseMask
 from fishfast.tuning import SparseTuning
 
-__all__ = ["Delta", "load_delta", "refuse_non_finite", "save_delta"]
+__all__ = ["Delta", "load_delta", "save_delta"]
 
 
 def save_delta(tuned: SparseTuning, path: PathLike) -> int:
