@@ -202,7 +202,7 @@ def _layout(update: Update) -> Any:
     """Return what tells whether a parameter is where it was, without touching the device."""
     weight = update.weight
     where = None if weight is None else (weight.data_ptr(), weight.stride(), weight.dtype)
-    return id(update.values), update.values.data_ptr(), where
+    return id(update.values), update.plain.data_ptr(), where
 
 
 def _on(device: torch.device, scaling: Tensor | None) -> Tensor | None:

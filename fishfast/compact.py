@@ -1,23 +1,23 @@
 """Compact parameters: how k values of a frozen weight are trained.
 
-A masked weight W is frozen. Next to it, on the same module, a `CompactParameter` holds its k
-selected values as fp32 masters; a `fishfast.compact_target.Target` says where in W they go. The
-module gets a per-instance subclass of its class, in which gradients find their way to them: by a
-property (`fishfast.gradient_tap`), and in known layers by a forward (`fishfast.masked_layers`).
+A masked weight W is frozen. Next to it, on the same module, a
+`fishfast.compact_parameter.CompactParameter` holds its k selected values as fp32 masters; a
+`fishfast.compact_target.Target` says where in W they go. The module gets a per-instance subclass of
+its class, in which gradients find their way to them: by a property (`fishfast.gradient_tap`), and
+in known layers by a forward (`fishfast.masked_layers`).
 """
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fishfast.compact_parameter import CompactParameter, settle
 from fishfast.compact_target import Target
 from fishfast.gradient_tap import VALUES_SUFFIX, tapped_property
 from fishfast.masked_layers import own_forward
@@ -30,56 +30,6 @@ __all__ = [
     "tap",
     "untap",
 ]
-
-
-class CompactParameter(nn.Parameter):
-    """The fp32 masters of a weight's selected values; ``target`` says where they go."""
-
-    target: Target
-
-    def __new__(cls, values: Tensor, target: Target | None, requires_grad: bool = True) -> Any:
-        """Make the parameter from fp32 values."""
-        parameter = torch.Tensor._make_subclass(cls, values, requires_grad)
-        if target is not None:
-            parameter.target = target
-        return parameter
-
-    def refresh_(self) -> None:
-        """Take over weights that were changed from outside, such as by ``load_state_dict``.
-
-        A master that still rounds to its weight is kept, with its extra bits.
-        """
-        with torch.no_grad():
-            weights = self.target.gather()
-            agree = self.detach().to(weights.dtype) == weights
-            self.copy_(torch.where(agree, self, weights.float()))
-        self.target.mark_seen(self.target.weight())
-
-    def follow_(self) -> None:
-        """Take over a weight that was replaced or written to, such as by ``nn.init.zeros_``."""
-        if self.target.changed(self.target.weight()):
-            self.refresh_()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompactParameter:
-        """Copy values and target; the module in the target is the one that is being copied."""
-        if id(self) in memo:
-            return memo[id(self)]
-        copied = CompactParameter(self.detach().clone(), None, self.requires_grad)
-        memo[id(self)] = copied
-        copied.target = copy.deepcopy(self.target, memo)
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the values, then the target, which refers back to this parameter's module."""
-        # The target travels as state: as an argument it would need this object before it exists.
-        return _rebuild_compact, (self.detach(), self.requires_grad), self.target
-
-    def __setstate__(self, target: Target) -> None:
-        self.target = target
-
-
-def _rebuild_compact(values: Tensor, requires_grad: bool) -> CompactParameter:
-    return CompactParameter(values, None, requires_grad)
 
 
 class _TappedModule(nn.Module):
@@ -96,15 +46,22 @@ class _TappedModule(nn.Module):
         finally:
             self._parameters.update(held)
 
+    def _settle(self) -> None:
+        for name in self._masked:
+            settle(self._parameters.get(name + VALUES_SUFFIX))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the module, but stay fp32: `model.to(bfloat16)` must not round the masters."""
         base_apply = super()._apply
+        self._settle()
         agreed = [target for target in self._masked.values() if target.agrees()]
         result = self._without_compact(lambda: base_apply(fn, recurse))
         for name, target in self._masked.items():
             values = self._parameters[name + VALUES_SUFFIX]
             if values is not None:
                 values.data = _moved(values.data, fn)
+                if isinstance(values, CompactParameter):
+                    values.mark_written()
                 if values.grad is not None:
                     values.grad.data = _moved(values.grad.data, fn)
             weight = self._parameters.get(name)
@@ -117,6 +74,7 @@ class _TappedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the base model's keys only."""
+        self._settle()
         # Taken out of the result, not out of the module: another thread may be training it.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._masked:
@@ -135,6 +93,7 @@ class _TappedModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy through the base class: the tapped class is made again."""
+        self._settle()
         reduced: Any = super().__reduce_ex__(max(2, protocol))  # 0 and 1 would name the class
         function, args, *rest = reduced
         if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
@@ -202,12 +161,14 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
 
 def untap(model: nn.Module) -> None:
     """Give every module its own class back and drop the compact parameters."""
-    for module in model.modules():
-        if isinstance(module, _TappedModule):
-            for name in module._masked:
-                module._parameters.pop(name + VALUES_SUFFIX, None)
-            module.__class__ = _base_class(module)  # type: ignore[assignment]
-            del module._masked
+    tapped = [module for module in model.modules() if isinstance(module, _TappedModule)]
+    for module in tapped:
+        module._settle()
+    for module in tapped:
+        for name in module._masked:
+            module._parameters.pop(name + VALUES_SUFFIX, None)
+        module.__class__ = _base_class(module)  # type: ignore[assignment]
+        del module._masked
 
 
 def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter]]:

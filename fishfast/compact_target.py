@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fishfast.masked_grad_plan import Plan
 from fishfast.masked_layers import has_own_forward, plan_for
@@ -37,7 +38,7 @@ class Target:
         module, name = owners[0]
         self.shape = module._parameters[name].shape  # type: ignore[union-attr]
         self.retired = False  # by another mask: whoever still trains these values is told so
-        self._seen: tuple[Tensor, int, int] | None = None  # what `_state` said at that time
+        self._seen: _Seen | None = None
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
         self.name = ""  # the weight's in the model, for errors: set by who knows it
 
@@ -101,9 +102,21 @@ class Target:
         """Copy and pickle without what was seen: a copied tensor counts its versions anew."""
         return {**self.__dict__, "_seen": None}
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether `mark_seen` was called here; not yet on a copy."""
+        return self._seen is not None
+
     def mark_seen(self, weight: Tensor) -> None:
         """Remember the weight as it is: the masters agree with it."""
-        self._seen = _state(weight)
+        if self._seen is None or not self._seen.is_same(weight):
+            self._seen = _Seen(weight)
+        self._seen.version = weight._version
+
+    def mark_written(self, weight: Tensor) -> None:
+        """Remember what was written into the weight that was seen."""
+        assert self._seen is not None
+        self._seen.version = weight._version
 
     def changed(self, weight: Tensor) -> bool:
         """Return whether the weight was replaced or written to since `mark_seen`.
@@ -111,7 +124,7 @@ class Target:
         Writes past autograd, such as ``weight.data.zero_()``, leave no trace.
         """
         seen = self._seen
-        return seen is None or seen[0] is not weight or seen[1:] != _state(weight)[1:]
+        return seen is None or seen.version != weight._version or not seen.is_same(weight)
 
     def agrees(self) -> bool:
         """Return whether the weight is there and was not changed; raises nothing."""
@@ -131,9 +144,27 @@ class Target:
         self.mark_seen(weight)
 
 
-def _state(weight: Tensor) -> tuple[Tensor, int, int]:
-    # The address tells of ``weight.data = other``, which counts no version.
-    return weight, weight._version, weight.data_ptr()
+class _Seen:
+    """A weight as it was seen.
+
+    ``weight.data = other`` counts no version and may give the new tensor the old one's address. Its
+    storage is another, and the weak reference keeps a storage's own address from being used again.
+    """
+
+    __slots__ = ("_offset", "_storage", "_weight", "version")
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._offset = weight, weight.storage_offset()
+        self._storage = StorageWeakRef(weight.untyped_storage())
+        self.version = weight._version
+
+    def is_same(self, weight: Tensor) -> bool:
+        """Return whether this is that tensor in that memory, whatever was written there."""
+        return (
+            self._weight is weight
+            and self._storage.cdata == weight.untyped_storage()._cdata
+            and self._offset == weight.storage_offset()
+        )
 
 
 def _extent(tensor: Tensor) -> int:

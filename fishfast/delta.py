@@ -41,7 +41,8 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> int:
         TypeError: ``tuned`` is not such a handle.
         ValueError: a value that is not finite.
         RuntimeError: the model's names, shapes, dtypes or ties changed since `train_only`, or
-            trained values were not written into the weights.
+            trained values were not written into the weights, because a write past autograd, such
+            as through numpy, left no trace.
 
     Example:
         >>> import os, tempfile, torch, fishfast as ff
@@ -58,12 +59,14 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> int:
     model, mask = tuned.model, tuned.trained_mask
     now = tuned.identify()
     for name, parameter in compact_parameters(model):
+        parameter.follow_()
         weights = parameter.target.gather()
         refuse_non_finite(name, parameter, "the trained model")  # NaN would not equal itself
         if not torch.equal(parameter.detach().to(weights.dtype), weights):
             raise RuntimeError(
-                f"the values of {name!r} were not written into the weights; call "
-                "tuned.attach(optimizer) for an optimizer that is not fishfast's"
+                f"the values of {name!r} were not written into the weights: something wrote to "
+                "either past autograd, such as through weight.data or numpy; write in no_grad "
+                "mode"
             )
     values = {name: target.gather() for name, target in targets_of(model, mask).items()}
     buffers = dict(model.named_buffers(remove_duplicate=False))

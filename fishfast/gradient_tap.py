@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fishfast.compact_parameter import settle
+
 __all__ = ["VALUES_SUFFIX", "GradientTap", "tapped_property"]
 
 VALUES_SUFFIX = "_values"
@@ -60,6 +62,7 @@ def tapped_property(name: str) -> property:
             )
         weight = module._parameters[name]
         values = module._parameters.get(values_name)
+        settle(values)
         if values is None or not torch.is_grad_enabled():
             return weight
         return GradientTap.apply(weight, values, module._masked[name].indices)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fishfast.compact_parameter import settle
 from fishfast.gradient_tap import VALUES_SUFFIX, GradientTap
 from fishfast.masked_grad import is_traced, masked_grad
 from fishfast.masked_grad_plan import Plan
@@ -150,6 +151,7 @@ def _is_plain(module: Any, x: Any) -> bool:
         return True
     if parameters.get("weight") is None or x.layout != torch.strided or x.is_nested:
         return True
+    settle(values)  # else the attribute's reader does
     plan = module._masked["weight"].plan
     return plan is None or plan.groups != getattr(module, "groups", 1)
 

@@ -84,6 +84,7 @@ class Adam(SparseOptimizer):
     """
 
     _operation = "sparse_adam"
+    _numbers = ("lr", "eps", "weight_decay")
     _former_options = {
         "amsgrad": False, "maximize": False, "capturable": False, "decoupled_weight_decay": False,
     }  # fmt: skip
@@ -107,10 +108,7 @@ class Adam(SparseOptimizer):
         check_finite: bool = False,
     ) -> None:
         require_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
-        if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
-            raise TypeError(f"betas must be a pair of numbers; got {betas!r}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1); got {betas}")
+        _refuse_betas(betas)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "amsgrad": amsgrad, "maximize": maximize, "foreach": foreach, "fused": fused,
@@ -118,6 +116,10 @@ class Adam(SparseOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
         super().__init__(params, defaults, backend, check_finite)
+
+    def _refuse_options(self, group: dict[str, Any]) -> None:
+        super()._refuse_options(group)
+        _refuse_betas(group["betas"])
 
     def _advance(self, updates: list[Update]) -> None:
         for update in updates:
@@ -248,6 +250,13 @@ class AdamW(Adam):
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
+
+
+def _refuse_betas(betas: Any) -> None:
+    if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
+        raise TypeError(f"betas must be a pair of numbers; got {betas!r}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be in [0, 1); got {betas}")
 
 
 def _moments(update: Update) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fishfast import _backend
-from fishfast.capturable import Tables, refuse_devices
+from fishfast.capturable import Tables, learning_rate, refuse_devices
 from fishfast.compact import CompactParameter, refuse_retired
 from fishfast.masters import add_masters, parameters_in_order, take_masters
 from fishfast.update import Update, is_capturing, refuse_not_finite
@@ -64,6 +65,21 @@ def _refuse_other_parameter(parameter: Tensor) -> None:
         )
 
 
+def _count_versions(updates: list[Update]) -> None:
+    """Tell autograd that values and weights changed, which raw pointers do not, and agree."""
+    written = []
+    for update in updates:
+        written.append(update.plain)
+        if isinstance(update.values, CompactParameter) and update.weight is not None:
+            # Said first: another thread that reads the weight just now has nothing to write.
+            update.values.agreed = update.plain._version + 1
+            written.append(update.weight)
+    torch.autograd.graph.increment_version(written)
+    for update in updates:
+        if update.target is not None and update.weight is not None:
+            update.target.mark_written(update.weight)
+
+
 class SparseOptimizer(Optimizer, ABC):
     """Base of `Adam`, `AdamW` and `SGD`: checks, loss scaling, masters in the state dict.
 
@@ -76,6 +92,7 @@ class SparseOptimizer(Optimizer, ABC):
     """
 
     _operation: str  # key of the backend table
+    _numbers: tuple[str, ...]  # options that are one
     _former_options: dict[str, Any]  # what a state without one of these options means
     _step_supports_amp_scaling = True  # GradScaler hands over found_inf and grad_scale
 
@@ -161,10 +178,11 @@ class SparseOptimizer(Optimizer, ABC):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient or weight that cannot be updated; a CUDA graph is captured and
+            RuntimeError: a gradient, weight or state that cannot be updated; a CUDA graph is captured and
                 the step is not capturable, or differs from the one before the capture. Nothing was
                 changed.
-            ValueError: a capturable step of parameters that left the GPU.
+            ValueError: a capturable step of parameters that left the GPU, or an option of a group
+                that is no number or out of range. Nothing was changed.
         """
         return self._step(closure)
 
@@ -185,6 +203,7 @@ class SparseOptimizer(Optimizer, ABC):
 
         updates: dict[tuple[torch.device, bool], list[Update]] = {}
         for group in self.param_groups:
+            self._refuse_options(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     update = Update(parameter, self.state[parameter], group)
@@ -193,28 +212,45 @@ class SparseOptimizer(Optimizer, ABC):
         for (device, capturable), batch in updates.items():
             if capturable:
                 self._refuse_capturable(device)
+                for update in {id(update.group): update for update in batch}.values():
+                    learning_rate(update)
             elif self._check_finite:
                 refuse_not_finite(batch)
+        chosen_for = {
+            device: _backend.choose(self._operation, device, self._backend) for device, _ in updates
+        }
+        # Nothing was changed so far, and what follows does not fail.
         for (device, capturable), batch in updates.items():
+            for update in batch:
+                if update.is_stale:
+                    update.values.follow_()  # type: ignore[attr-defined]
             self._advance(batch)
-            chosen = _backend.choose(self._operation, device, self._backend)
+            chosen = chosen_for[device]
             if chosen == "torch":
                 for update in batch:
                     self._update_torch(update, grad_scale)
-                    if update.target is not None:
-                        update.target.scatter_(update.values)
+                    if isinstance(update.values, CompactParameter):
+                        update.values.write_()
                 continue
             if capturable:
                 self._update_capturable(batch, (found_inf, scale))
             else:
                 self._update_compiled(batch, grad_scale, device, chosen)
-            # Raw pointers do not tell autograd that these changed.
-            written = [t for update in batch for t in (update.values, update.weight)]
-            torch.autograd.graph.increment_version([t for t in written if t is not None])
-            for update in batch:
-                if update.target is not None and update.weight is not None:
-                    update.target.mark_seen(update.weight)
+            _count_versions(batch)
         return loss
+
+    def _refuse_options(self, group: dict[str, Any]) -> None:
+        """Refuse what a param group was given since, before anything is changed."""
+        for name in self._numbers:
+            value = group[name]
+            is_number = isinstance(value, Real) or (
+                isinstance(value, Tensor) and value.numel() == 1
+            )
+            if not is_number:
+                raise ValueError(
+                    f"{name} must be a number or a tensor with one element; got {value!r} in a "
+                    "param group"
+                )
 
     def _refuse_capturable(self, device: torch.device) -> None:
         if self._check_finite:

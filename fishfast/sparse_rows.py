@@ -86,7 +86,7 @@ def launch(
     if backend == "cpu":
         call(rows.ctypes.data, len(rows), _backend.num_threads(rows["k"].sum() * _TIME))
         return
-    counts = tuple(update.values.numel() for update in updates)
+    counts = tuple(update.plain.numel() for update in updates)
     chunks = chunk_table(counts, extension.ENTRIES_PER_STEP_CHUNK, device)
     table = to_device(rows, device)
     num_chunks = chunks.numel() // CHUNK_DTYPE.itemsize
@@ -118,8 +118,8 @@ def fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
         targets.append((update.weight.data_ptr(), offsets.data_ptr(), storage, wide))
     rows["target"] = targets
     rows["grad"] = [update.grad.data_ptr() for update in updates]
-    rows["values"] = [update.values.data_ptr() for update in updates]
-    rows["k"] = [update.values.numel() for update in updates]
+    rows["values"] = [update.plain.data_ptr() for update in updates]
+    rows["k"] = [update.plain.numel() for update in updates]
     return held
 
 

@@ -75,6 +75,7 @@ class SGD(SparseOptimizer):
     """
 
     _operation = "sparse_sgd"
+    _numbers = ("lr", "momentum", "dampening", "weight_decay")
     _former_options = {"nesterov": False, "maximize": False, "capturable": False}
 
     def __init__(

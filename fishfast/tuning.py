@@ -182,7 +182,7 @@ class SparseTuning:
 
         def write_back(*_: object) -> None:
             for parameter in held():
-                parameter.target.scatter_(parameter)
+                parameter.write_()
 
         take_masters(optimizer)  # of a state that was loaded before
         disable = torch.compiler.disable  # a compiled training step breaks here, and goes on
@@ -277,6 +277,8 @@ class SparseTuning:
 
         Call it after loading another base checkpoint into a tuned model, before training goes on.
         """
+        for parameter in self.parameters():
+            parameter.follow_()
         self.base = BaseIdentity.of(self.model, self.mask)
         self.trained_mask, self.base_values = self.mask, selected_values(self.model, self.mask)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from sparse_optimizer_makers import MAKERS, Make
+from sparse_optimizer_makers import BACKENDS, MAKERS, Make
 from stepping import (
     assert_state,
     random_tensors,
@@ -30,6 +34,20 @@ def assert_step_refused(
     assert_state(tuned.model, before)
     assert all(same_bits(p, m) for p, m in zip(tuned.parameters(), masters, strict=True))
     assert not any(optimizer.state.values())
+
+
+@contextlib.contextmanager
+def unchanged(optimizer: torch.optim.Optimizer, tuned: ff.SparseTuning) -> Iterator[None]:
+    """Check that weights, masters and the optimizer's state stay as they are."""
+
+    def everything() -> list[torch.Tensor]:
+        state = [t for entry in optimizer.state.values() for t in entry.values()]
+        weights = [p.target.weight() for p in tuned.parameters()]
+        return [t.detach().clone() for t in (*tuned.parameters(), *weights, *state)]
+
+    before = everything()
+    yield
+    assert all(torch.equal(a, b) for a, b in zip(everything(), before, strict=True))
 
 
 @MAKERS
@@ -174,3 +192,81 @@ def test_unknown_backend_is_refused(make: Make) -> None:
 def test_no_parameters_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         make([])
+
+
+def short(value: torch.Tensor) -> torch.Tensor:
+    return value[:-1].clone()
+
+
+def strided(value: torch.Tensor) -> torch.Tensor:
+    return value.repeat_interleave(2)[::2]
+
+
+@MAKERS
+@BACKENDS
+@pytest.mark.parametrize("convert", [torch.Tensor.bfloat16, torch.Tensor.double, short, strided])
+def test_state_of_another_form_is_refused(make: Make, backend: str, convert: Any) -> None:
+    tuned = tune(random_tensors(5, 5), [torch.arange(5)] * 2)
+    optimizer = make(tuned.parameters(), backend=backend)
+    steps_of_ours(tuned, optimizer, [[torch.ones(5)] * 2])
+    state = optimizer.state[list(tuned.parameters())[1]]
+    name = next(name for name in state if name != "step")
+    state[name] = convert(state[name])
+    set_gradients(tuned, [torch.ones(5)] * 2)
+    with (
+        unchanged(optimizer, tuned),
+        pytest.raises(RuntimeError, match=f"state must be contiguous float32 .* got '{name}'"),
+    ):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("count", [1.0, torch.ones(2), torch.ones((), dtype=torch.bfloat16)])
+def test_step_count_of_another_form_is_refused(count: Any) -> None:
+    tuned = tune(random_tensors(5), [torch.arange(5)])
+    optimizer = ff.AdamW(tuned.parameters())
+    steps_of_ours(tuned, optimizer, [[torch.ones(5)]])
+    (state,) = optimizer.state.values()
+    state["step"] = count
+    set_gradients(tuned, [torch.ones(5)])
+    with pytest.raises(RuntimeError, match=r"state\['step'\] must be a float32 tensor of one elem"):
+        optimizer.step()
+    for as_torch_makes_it in (torch.ones((), dtype=torch.float64), torch.ones(1)):
+        state["step"] = as_torch_makes_it
+        optimizer.step()
+        assert float(state["step"]) == 2
+
+
+@MAKERS
+@BACKENDS
+@pytest.mark.parametrize(
+    "options", [{"lr": "0.1"}, {"lr": torch.ones(2)}, {"weight_decay": None}, {"betas": (0.9,)},
+                {"betas": (1.0, 0.9)}]
+)  # fmt: skip
+def test_a_bad_option_in_a_group_changes_nothing(make: Make, backend: str, options: Any) -> None:
+    tuned = tune(random_tensors(5, 5), [torch.arange(5)] * 2)
+    first, second = tuned.parameters()
+    optimizer = make([{"params": [first]}, {"params": [second]}], backend=backend)
+    if options.keys() - optimizer.param_groups[1].keys():
+        pytest.skip("SGD has no betas")
+    steps_of_ours(tuned, optimizer, [[torch.ones(5)] * 2])
+    set_gradients(tuned, [torch.ones(5)] * 2)
+    optimizer.param_groups[1].update(options)
+    with (
+        unchanged(optimizer, tuned),
+        pytest.raises((TypeError, ValueError), match=f"{next(iter(options))} must be "),
+    ):
+        optimizer.step()
+
+
+@MAKERS
+def test_a_refused_step_does_not_follow_weights(make: Make) -> None:
+    tuned = tune(random_tensors(5, 5), [torch.arange(5)] * 2)
+    optimizer = make(tuned.parameters())
+    set_gradients(tuned, [torch.ones(5)] * 2)
+    nn.init.zeros_(tuned.model.w0)
+    tuned.model._parameters["w1"].data = tuned.model.w1.detach().double()
+    with (
+        unchanged(optimizer, tuned),
+        pytest.raises(RuntimeError, match="the model was moved to torch.float64"),
+    ):
+        optimizer.step()
