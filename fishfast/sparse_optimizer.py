@@ -178,9 +178,9 @@ class SparseOptimizer(Optimizer, ABC):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient, weight or state that cannot be updated; a CUDA graph is captured and
-                the step is not capturable, or differs from the one before the capture. Nothing was
-                changed.
+            RuntimeError: a gradient, weight or state that cannot be updated; a CUDA graph is
+                captured and the step is not capturable, or differs from the one before the capture.
+                Nothing was changed.
             ValueError: a capturable step of parameters that left the GPU, or an option of a group
                 that is no number or out of range. Nothing was changed.
         """
