@@ -156,6 +156,7 @@ def record(
     flops: int = 0,
     floor: Callable[[], Any] | float | None = None,
     gate: Callable[[], Any] | None = None,
+    seconds: float | None = None,
     **labels: Any,
 ) -> None:
     """Check one case, measure it, and put it into the JSON and on a line of the output.
@@ -170,6 +171,7 @@ def record(
             ``num_bytes`` at the bandwidth of a copy. The label ``floor_name`` says it in words.
         gate: raises AssertionError if ``run`` gives a wrong result, and may return the relative
             error; None: the caller has checked.
+        seconds: about how long to measure; default: as of `clock.measure`.
         labels: what the report tells cases apart by; see the head of this file.
 
     Raises:
@@ -181,7 +183,7 @@ def record(
         error = _gate(f"{contender} on {title}".removeprefix(" on "), gate)
         if isinstance(error, float):
             labels["relative_error"] = error
-    figures = _figures(run, device, num_bytes, flops, floor)
+    figures = _figures(run, device, num_bytes, flops, floor, seconds)
     figures["peak_bytes"] = peak_bytes(run, device)
     labels.setdefault("floor_name", "its floor" if callable(floor) else "its bytes, copied")
     benchmark.extra_info.update(labels, **figures)
@@ -205,11 +207,12 @@ def _figures(
     num_bytes: int,
     flops: int,
     floor: Callable[[], Any] | float | None,
+    seconds: float | None,
 ) -> dict[str, Any]:
     if callable(floor):
-        timing = compare(run, floor, device)
+        timing = compare(run, floor, device, seconds)
     else:
-        timing = measure(run, device)
+        timing = measure(run, device, seconds)
         if floor is None:
             floor = roofline_us(num_bytes, 0, device, torch.float32)
         timing |= {"floor_us": floor, "times_floor": timing["median_us"] / floor}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from figures import OURS, Case, Run, is_floor, read
+from figures import BYTE_UNITS, OURS, TIME_UNITS, Case, Run, in_unit, is_floor, read
 from machine import machine_line
 
 __all__ = ["main", "markdown", "table"]
@@ -27,8 +27,6 @@ _STAGES = {
     "sparse_adam": "Optimizer step",
     "train_step": "Training step",
 }
-_TIME_UNITS = [(1e6, "s"), (1e3, "ms"), (1.0, "us")]
-_BYTE_UNITS = [(2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")]
 
 
 def markdown(run: Run, pictures: Iterable[tuple[str, str]]) -> str:
@@ -137,20 +135,20 @@ def _row(cells: Iterable[str]) -> str:
 
 def _cells(case: Case, row: dict[str, Any]) -> list[str]:
     key = case.time_key
-    contender, time = row["contender"], _unit(row[key], _TIME_UNITS)
+    contender, time = row["contender"], in_unit(row[key], TIME_UNITS)
     if is_floor(row):
         contender = f"*{contender}*"
     elif row is case.fastest:
         contender, time = f"**{contender}**", f"**{time}**"
     scale = row[key] / row["median_us"]
-    spread = " to ".join(_unit(scale * row[p], _TIME_UNITS) for p in ("p20_us", "p80_us"))
+    spread = " to ".join(in_unit(scale * row[p], TIME_UNITS) for p in ("p20_us", "p80_us"))
     memory = row.get("total_bytes", row.get("peak_bytes"))
     percent = row.get("percent_of_floor")
     return [
         contender, row.get("version") or "", time, spread, _ratio(case, row),
         "" if percent is None or is_floor(row) else _percent(percent),
         "" if is_floor(row) else row.get("floor_name") or "",
-        "" if memory is None else _unit(memory, _BYTE_UNITS),
+        "" if memory is None else in_unit(memory, BYTE_UNITS),
     ]  # fmt: skip
 
 
@@ -160,14 +158,6 @@ def _ratio(case: Case, row: dict[str, Any]) -> str:
     # Measured in turns where the case has it: a busy machine slows both.
     measured = row.get("times_fishfast", row[case.time_key] / case.ours[case.time_key])
     return f"{measured:.2f}"
-
-
-def _unit(value: float, units: list[tuple[float, str]]) -> str:
-    """Return three digits in the largest unit of which there is a whole one."""
-    size, name = next((unit for unit in units if abs(value) >= unit[0]), units[-1])
-    number = value / size
-    digits = max(0, 2 - (len(str(int(abs(number)))) - 1))
-    return f"{number:.{digits}f} {name}"
 
 
 def _percent(value: float) -> str:

@@ -173,5 +173,5 @@ def test_kept_files_give_tables(file, tmp_path):
 def test_a_file_without_figures_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1}')
     result = CliRunner().invoke(main, [str(tmp_path / "x.json")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "x.json has no benchmark figures" in result.output
