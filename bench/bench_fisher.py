@@ -32,7 +32,7 @@ from fisher_baselines import (
     version_of,
 )
 from fisher_models import WORKLOADS, Workload, load
-from harness import compare, devices, full_size, peak_bytes, short_set, skip, synchronized
+from harness import compare, devices, full_size, peak_bytes, short_set, skip
 
 _SECONDS = (2.0 if short_set() else 5.0) if full_size() else 0.1
 
@@ -49,28 +49,31 @@ def bench_scoring(benchmark: Any, contender: str, model: str, device: torch.devi
     score_and_record(benchmark, contender, workload)
 
 
-def score_and_record(benchmark: Any, contender: str, workload: Workload) -> None:
+def score_and_record(
+    benchmark: Any, contender: str, workload: Workload, seconds: float = _SECONDS
+) -> None:
     """Check a contender, then measure it, print its line and put it into the JSON.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         contender: `FLOOR` or one of `CONTENDERS`.
         workload: what is scored.
+        seconds: about how long to measure, beyond the fewest repeats.
 
     Raises:
         WrongScores: its scores, or fishfast's, are not those of a loop.
     """
-    fishfast = _timed_fishfast(workload)  # no ratio to wrong scores either
-    if contender in CONTENDERS and CONTENDERS[contender].peer:
+    fishfast = _timed_fishfast(workload, seconds)  # no ratio to wrong scores either
+    if contender != "fishfast":  # no other batch changes what it costs per sample
         workload = workload.head
     try:
-        timed = fishfast if contender == "fishfast" else _timed(contender, workload)
+        timed = fishfast if contender == "fishfast" else _timed(contender, workload, seconds)
     except Unavailable as reason:
         skip(str(reason), contender, case=workload.title, version=version_of(contender))
     timing, device = timed.timing, workload.device
     per_sample = timing["median_us"] / workload.num_samples
-    peak = _bytes_at_rest(workload) + peak_bytes(timed.run, device)
-    benchmark.pedantic(synchronized(timed.run, device), rounds=1)
+    held = benchmark.pedantic(peak_bytes, args=(timed.run, device), rounds=1)
+    peak = _bytes_at_rest(workload) + held
     figures = {
         "us_per_sample": per_sample,
         "percent_of_floor": 100 / timing["times_floor"],
@@ -79,7 +82,7 @@ def score_and_record(benchmark: Any, contender: str, workload: Workload) -> None
         "minimum_bytes": _minimum_bytes(workload.head),
     }
     if contender == "fishfast":
-        figures["times_floor_further"] = _times_floor_further(workload, timing)
+        figures["times_floor_further"] = _times_floor_further(workload, timing, seconds)
     benchmark.extra_info.update(
         timing,
         **figures,
@@ -114,23 +117,23 @@ class _Timed:
     timing: dict[str, float]
 
 
-def _timed(contender: str, workload: Workload) -> _Timed:
+def _timed(contender: str, workload: Workload, seconds: float) -> _Timed:
     floor = forward_backward(workload)
     run, scores = (floor, floor()) if contender == FLOOR else prepare(contender, workload)
     error = check(contender, workload, scores)
     del scores
-    return _Timed(run, error, compare(run, floor, workload.device, _SECONDS))
+    return _Timed(run, error, compare(run, floor, workload.device, seconds))
 
 
 @functools.lru_cache(maxsize=1)
-def _timed_fishfast(workload: Workload) -> _Timed:
-    return _timed("fishfast", workload)
+def _timed_fishfast(workload: Workload, seconds: float) -> _Timed:
+    return _timed("fishfast", workload, seconds)
 
 
-def _times_floor_further(workload: Workload, timing: dict[str, float]) -> float:
+def _times_floor_further(workload: Workload, timing: dict[str, float], seconds: float) -> float:
     """Return what a batch costs after the first one, which is searched for its samples too."""
     count = len(workload.batches)
-    first = _timed("fishfast", workload.head).timing["times_floor"]
+    first = _timed("fishfast", workload.head, seconds).timing["times_floor"]
     return (count * timing["times_floor"] - first) / (count - 1)
 
 

@@ -38,6 +38,7 @@ _WORDS = {
     "length": "T, tokens per sample", "batch": "B, samples per batch",
 }  # fmt: skip
 _MOST_PANELS = 4
+_SPREAD = ("p20_us", "p80_us")
 
 
 class _NotDrawn(Exception):
@@ -88,7 +89,7 @@ def _step(run: Run) -> Figure:
     groups = _sweeps(run, "sparse_adam", "density")
     figure, axes = _panels(len(groups))
     for panel, (label, rows) in zip(axes, groups, strict=True):
-        _lines(panel, rows, "density", "median_us", 1e-3, run, floor=False)
+        _lines(panel, rows, "density", "median_us", 1e-3, run)
         panel.set_title(label, fontsize=9)
         panel.set_ylabel("time per step, ms")
     return figure
@@ -114,7 +115,7 @@ def _fisher(run: Run) -> Figure:
 def _training(run: Run) -> Figure:
     cases = [case for case in run.cases("train_step") if len(case.rows) >= 2]
     if not cases:
-        raise _NotDrawn("stage train_step is not in this file")
+        raise _NotDrawn("stage train_step has no case with two contenders in this file")
     cases = cases[:_MOST_PANELS]
     bars = max(len(case.rows) for case in cases)
     figure, axes = plt.subplots(
@@ -195,7 +196,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 def _lines(
     panel: Axes, rows: list[Figures], x: str, y: str, scale: float, run: Run, *, floor: bool = True
 ) -> None:
-    """Draw one line per contender on logarithmic axes, and under them the floor."""
+    """Draw a line per contender with its p20 to p80, on logarithmic axes, and the floor."""
     for contender in dict.fromkeys(row["contender"] for row in rows):
         own = sorted(
             (r for r in rows if r["contender"] == contender and y in r), key=lambda r: r[x]
@@ -208,6 +209,11 @@ def _lines(
         panel.plot(
             [r[x] for r in own], [scale * r[y] for r in own], label=contender, markersize=5, **line
         )
+        if y != "peak_bytes":
+            spread = [[scale * r[y] * r[p] / r["median_us"] for r in own] for p in _SPREAD]
+            panel.fill_between(
+                [r[x] for r in own], *spread, color=line["color"], alpha=0.15, linewidth=0
+            )
     bound = [r for r in rows if r["contender"] == OURS and "floor_us" in r] if floor else []
     if bound:
         bound.sort(key=lambda r: r[x])
@@ -259,7 +265,9 @@ def _finish(figure: Figure, title: str, run: Run) -> None:
     entries: dict[str, Any] = {}
     for panel in figure.axes:
         entries.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    footer = textwrap.fill(machine_line(run.machine), width=int(15 * figure.get_figwidth()))
+    shaded = "shaded: p20 to p80; " if any(panel.collections for panel in figure.axes) else ""
+    words = f"{shaded}{machine_line(run.machine)}"
+    footer = textwrap.fill(words, width=int(17 * figure.get_figwidth()))
     longest = max((len(name) for name in entries), default=0)
     columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.7 + 0.065 * longest))))
     legend = 0.1 + 0.2 * math.ceil(len(entries) / columns)  # inches

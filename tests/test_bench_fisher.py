@@ -33,9 +33,9 @@ class _Benchmark:
         self.extra_info: dict[str, Any] = {}
         self.rounds = 0
 
-    def pedantic(self, run: Any, rounds: int) -> None:
+    def pedantic(self, call: Any, args: Any = (), rounds: int = 1) -> Any:
         self.rounds += rounds
-        run()
+        return call(*args)
 
 
 @pytest.fixture

@@ -25,7 +25,9 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def _run(module: ModuleType, contender: str, name: str) -> dict[str, Any]:
-    benchmark = SimpleNamespace(name="case", extra_info={}, pedantic=lambda run, **_: run())
+    benchmark = SimpleNamespace(
+        name="case", extra_info={}, pedantic=lambda call, args=(), **_: call(*args)
+    )
     try:
         module.bench_masked_grad(benchmark, contender, name, 0.02, _CPU)
     except AssertionError:

@@ -25,7 +25,9 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def _benchmark() -> Any:
-    return SimpleNamespace(name="case", extra_info={}, pedantic=lambda run, **_: run())
+    return SimpleNamespace(
+        name="case", extra_info={}, pedantic=lambda call, args=(), **_: call(*args)
+    )
 
 
 def _run(module: ModuleType, contender: str, values: str, **options: Any) -> dict[str, Any]:
