@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import devices, full_size, record, short_set, version
+from harness import devices, full_size, record, version
 from torch import Tensor, nn
 
 import fishfast as ff
 
 _GPU = torch.cuda.is_available()
-_SECONDS = (0.3 if short_set() else 1.0) if full_size() else 0.02
 _DENSITIES = [0.005, 0.001, 0.02, 0.1, 0.5] if full_size() else [0.02]
 FLOOR = "dense gradient, gathered"
 CONTENDERS = (FLOOR, "fishfast")
@@ -161,7 +160,7 @@ def bench_masked_grad(
 
     record(
         benchmark, run, device, operands.x.nbytes + operands.grad.nbytes + 8 * len(indices),
-        gate=gate, floor=floor, floor_name=FLOOR, seconds=_SECONDS, stage="masked_grad",
+        gate=gate, floor=floor, floor_name=FLOOR, stage="masked_grad",
         case=f"{name}, {100 * density:g} %", contender=contender,
         version=f"{_package(contender)} {version(_package(contender))}", density=density,
         num_selected=tuned.num_selected, dtype=str(dtype).removeprefix("torch."),

@@ -145,7 +145,6 @@ def record(
     flops: int = 0,
     floor: Callable[[], Any] | float | None = None,
     gate: Callable[[], Any] | None = None,
-    seconds: float | None = None,
     **labels: Any,
 ) -> None:
     """Check one case, measure it, and put it into the JSON and on a line of the output.
@@ -160,7 +159,6 @@ def record(
             ``num_bytes`` at the bandwidth of a copy. The label ``floor_name`` says it in words.
         gate: raises AssertionError if ``run`` gives a wrong result, and may return the relative
             error; None: the caller has checked.
-        seconds: about how long to measure; default: as of `clock.measure`.
         labels: what the report tells cases apart by; see the head of this file.
 
     Raises:
@@ -172,7 +170,7 @@ def record(
         error = _gate(f"{contender} on {title}".removeprefix(" on "), gate)
         if isinstance(error, float):
             labels["relative_error"] = error
-    figures = _figures(run, device, num_bytes, flops, floor, seconds)
+    figures = _figures(run, device, num_bytes, flops, floor)
     # In pytest-benchmark's own round: its wall clock is not used.
     figures["peak_bytes"] = benchmark.pedantic(peak_bytes, args=(run, device), rounds=1)
     labels.setdefault("floor_name", "its floor" if callable(floor) else "its bytes, copied")
@@ -196,12 +194,11 @@ def _figures(
     num_bytes: int,
     flops: int,
     floor: Callable[[], Any] | float | None,
-    seconds: float | None,
 ) -> dict[str, Any]:
     if callable(floor):
-        timing = compare(run, floor, device, seconds)
+        timing = compare(run, floor, device)
     else:
-        timing = measure(run, device, seconds)
+        timing = measure(run, device)
         if floor is None:
             floor = roofline_us(num_bytes, 0, device, torch.float32)
         timing |= {"floor_us": floor, "times_floor": timing["median_us"] / floor}

@@ -78,7 +78,7 @@ def test_a_red_check_is_raised_before_anything_is_timed(harness: Any, capsys: An
 def test_what_a_figure_carries(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         harness, "compare",
-        lambda run, floor, device, seconds: {
+        lambda run, floor, device: {
             "median_us": 50.0, "p20_us": 40.0, "p80_us": 60.0, "floor_us": 10.0, "times_floor": 5.0,
         },
     )  # fmt: skip
@@ -99,7 +99,7 @@ def test_what_a_figure_carries(harness: Any, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("floor", [None, 7.0])
 def test_floors_that_are_no_call(harness: Any, monkeypatch: pytest.MonkeyPatch, floor: Any) -> None:
     timing = {"median_us": 70.0, "p20_us": 1.0, "p80_us": 100.0}
-    monkeypatch.setattr(harness, "measure", lambda run, device, seconds: dict(timing))
+    monkeypatch.setattr(harness, "measure", lambda run, device: dict(timing))
     monkeypatch.setattr(harness, "roofline_us", lambda num_bytes, *_: num_bytes / 100)
     case = benchmark()
     harness.record(case, lambda: None, CPU, 3500, floor=floor)
