@@ -61,7 +61,7 @@ class _Run:
     def say(self, entry: dict[str, Any], outcome: str) -> None:
         """Print a line for a case without a figure, unless the time was up."""
         if not entry["reason"].startswith(_LATE):
-            print(f"{entry['contender']:<30} {entry['case']:<44} {outcome}: {entry['reason']}")
+            print(f"{entry['contender']}, {entry['case']}: {outcome}: {entry['reason']}")
 
     def others(self) -> float:
         """Return the percent of the cores' time that other processes took since the start."""
@@ -149,8 +149,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     late = {(e["stage"], e["case"]) for e in state.skipped if e["reason"].startswith(_LATE)}
     if late:
         terminalreporter.line(f"not reached within {state.budget:.0f} s: {len(late)} cases")
-    if state.others() > 5:
-        terminalreporter.line(f"other processes took {state.others():.0f} % of the cores")
+    terminalreporter.line(
+        f"other processes, compilers included, took {state.others():.0f} % of the cores"
+    )
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:

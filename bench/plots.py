@@ -117,9 +117,9 @@ def _training(run: Run) -> Figure:
     if not cases:
         raise _NotDrawn("stage train_step has no case with two contenders in this file")
     cases = cases[:_MOST_PANELS]
-    bars = max(len(case.rows) for case in cases)
+    most = max(len(case.rows) for case in cases)
     figure, axes = plt.subplots(
-        len(cases), 2, figsize=(10.0, len(cases) * (0.8 + 0.34 * bars) + 1.0), squeeze=False
+        len(cases), 2, figsize=(10.0, len(cases) * (0.8 + 0.34 * most) + 1.0), squeeze=False
     )
     for panels, case in zip(axes, cases, strict=True):
         rows = [row for row in case.rows if not is_floor(row)]
@@ -127,18 +127,25 @@ def _training(run: Run) -> Figure:
         names = [row["contender"] for row in rows]
         memory = [row.get("total_bytes", row.get("peak_bytes", 0)) / 2**20 for row in rows]
         times = [row["median_us"] / 1e3 for row in rows]
-        words = ("memory at its peak, MiB", "time per step, ms")
-        for panel, values, word in zip(panels, (memory, times), words, strict=True):
+        spread = [[abs(row[p] - row["median_us"]) / 1e3 for row in rows] for p in _SPREAD]
+        words = ("memory at its peak, MiB", "time per step and its p20 to p80, ms")
+        bars = ((memory, words[0], None), (times, words[1], spread))
+        for panel, (values, word, error) in zip(panels, bars, strict=True):
             colours = [_style(name, run)[0] for name in names]
-            drawn = panel.barh(names, values, color=colours)
+            drawn = panel.barh(names, values, color=colours, xerr=error, ecolor="#888888")
             numbers = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values]
             panel.bar_label(drawn, labels=numbers, padding=3, fontsize=8)
-            panel.set_xlim(0, 1.2 * max(values))
+            longest = max(map(sum, zip(values, *(error or [])[1:], strict=True)))
+            panel.set_xlim(0, 1.2 * longest)
             panel.set_xlabel(word)
             panel.xaxis.set_major_locator(MaxNLocator(6))
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
             panel.invert_yaxis()  # first on top
             panel.spines[["top", "right"]].set_visible(False)
+        for floor in filter(is_floor, case.rows):
+            line = {"color": _FLOOR["color"], "linestyle": _FLOOR["linestyle"]}
+            name = f"floor: {floor['contender']} of full fine-tuning"
+            panels[1].axvline(floor["median_us"] / 1e3, label=name, **line)
         panels[0].set_title(case.title, loc="left", fontsize=9)
         panels[1].set_yticklabels([])
     return figure

@@ -220,6 +220,32 @@ def test_a_wrong_kernel_gets_no_figure(bench: Any, add: Any) -> None:
             check(*arguments)
 
 
+def test_a_wrong_primitive_is_not_printed(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    module, name = bench("bench_fisher_kernel"), "linear-24x16-T4"
+    case, dtype = module._made.__wrapped__(name, _CPU)
+    case.contenders["fishfast"] = lambda score: score.add_(1)
+    monkeypatch.setattr(module, "_made", lambda *_: (case, dtype))
+    benchmark = _Benchmark()
+    with pytest.raises(bench("fisher_baselines").WrongScores, match="^fishfast is wrong on linear"):
+        module.bench_kernel(benchmark, "fishfast", name, _CPU)
+    assert capsys.readouterr().out == ""
+    assert (benchmark.extra_info, benchmark.rounds) == ({}, 0)
+
+
+def test_a_wrong_score_is_not_on_a_sweep(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pytest.importorskip("transformers", reason="the BERT is that of transformers: not installed")
+    _plant(bench, monkeypatch, "fishfast", _square_of_the_batch)
+    benchmark = _Benchmark()
+    with pytest.raises(bench("fisher_baselines").WrongScores, match="^fishfast is wrong on BERT"):
+        bench("bench_fisher_sweep").bench_sweep(benchmark, "fishfast", 4, 2, _CPU)
+    assert capsys.readouterr().out == ""
+    assert (benchmark.extra_info, benchmark.rounds) == ({}, 0)
+
+
 def test_peak_memory_counts_what_is_held_at_once(bench: Any) -> None:
     def two_of_three() -> None:
         first = torch.ones(2**18)

@@ -175,10 +175,10 @@ def test_a_run_keeps_figures_and_names_what_has_none(tmp_path: Path) -> None:
     assert 0 <= content["machine"]["others_percent"] <= 100
     printed = [" ".join(line.split()) for line in output.splitlines()]
     assert len([line for line in printed if " us " in line]) == 4
-    assert not any(" us " in line for line in printed if line.startswith("broken"))
-    assert "absent n=10 skipped: needs peft, not installed" in printed
+    assert not any(" us " in line for line in printed if line.startswith("broken "))
+    assert "absent, n=10: skipped: needs peft, not installed" in printed
     assert any(
-        line.startswith("broken size 10 FAILED: harness.WrongResult: broken on n=10 is wrong")
+        line.startswith("broken, size 10: FAILED: harness.WrongResult: broken on n=10 is wrong")
         for line in printed
     )
 
