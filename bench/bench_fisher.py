@@ -25,20 +25,19 @@ from fisher_baselines import (
     CONTENDERS,
     FLOOR,
     Run,
-    Unavailable,
     check,
     forward_backward,
     prepare,
     version_of,
 )
-from fisher_models import WORKLOADS, Workload, load
-from harness import compare, devices, full_size, peak_bytes, short_set, skip
+from fisher_models import Workload, load, names
+from harness import Unavailable, compare, devices, full_size, peak_bytes, short_set, skip
 
 _SECONDS = (2.0 if short_set() else 5.0) if full_size() else 0.1
 
 
 @pytest.mark.parametrize("contender", [FLOOR, *CONTENDERS])
-@pytest.mark.parametrize("model", WORKLOADS)
+@pytest.mark.parametrize("model", names(devices()[0]))
 @pytest.mark.parametrize("device", devices(), ids=str)
 def bench_scoring(benchmark: Any, contender: str, model: str, device: torch.device) -> None:
     """Time one way to score one model."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from fisher_baselines import WrongScores, why
+from fisher_baselines import WrongScores
 from fisher_kernel_cases import (
     CONTENDERS,
     Add,
@@ -26,7 +26,7 @@ from fisher_kernel_cases import (
     layer_norm,
     linear,
 )
-from harness import compare, devices, peak_bytes, short_set, skip
+from harness import compare, devices, peak_bytes, short_set, skip, why
 from shapes import CONV_LAYERS, LINEAR_LAYERS, size_set
 
 # fp32: sums of some thousand products in another order. bf16: a baseline rounds each per-sample

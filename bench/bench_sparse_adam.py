@@ -22,8 +22,7 @@ from typing import Any
 import pytest
 import torch
 from adam_contenders import CONTENDERS, Step, check
-from fisher_baselines import Unavailable
-from harness import devices, record, roofline_us, short_set, skip
+from harness import Unavailable, devices, record, roofline_us, short_set, skip
 from shapes import count, size_set
 from torch import nn
 

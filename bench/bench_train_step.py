@@ -21,9 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from fisher_baselines import Unavailable
 from fisher_models import Workload, build
-from harness import compare, devices, full_size, gate, peak_bytes, short_set, skip
+from harness import Unavailable, compare, devices, full_size, gate, peak_bytes, short_set, skip
 from shapes import BERT_LARGE, LLAMA_1B, size_set
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor

@@ -22,7 +22,7 @@ from machine import cpu_seconds, full_size, machine, machine_line
 # The order of the files, and their shares of the time: what README carries comes first, then what
 # the plots take. A file that is not here comes last.
 _SHARES = {
-    "fisher": 3, "train_step": 2, "topk_mask": 1, "sparse_adam": 1, "fisher_sweep": 1,
+    "fisher": 4, "train_step": 2, "topk_mask": 1, "sparse_adam": 1, "fisher_sweep": 1,
     "fisher_kernel": 1, "masked_grad": 1,
 }  # fmt: skip
 _STATE = pytest.StashKey["_Run"]()

@@ -44,14 +44,25 @@ from floors import copy_bandwidth, gemm_rate, read_bandwidth, roofline_us
 from machine import full_size, machine, short_set, version
 
 __all__ = [
-    "WrongResult", "compare", "copy_bandwidth", "devices", "full_size", "gate", "gemm_rate",
-    "machine", "measure", "peak_bytes", "read_bandwidth", "record", "roofline_us",
-    "short_set", "skip", "version",
+    "Unavailable", "WrongResult", "compare", "copy_bandwidth", "devices", "full_size", "gate",
+    "gemm_rate", "machine", "measure", "peak_bytes", "read_bandwidth", "record", "roofline_us", "short_set",
+    "skip", "version", "why",
 ]  # fmt: skip
 
 
 class WrongResult(AssertionError):
     """What was to be timed gave a wrong result: it gets no figure."""
+
+
+class Unavailable(Exception):
+    """A contender that cannot run here, or not on this model; its text says why."""
+
+
+def why(error: Exception) -> str:
+    """Return in a line why something cannot run."""
+    text = " ".join(str(error).split())[:160]
+    kind = "not installed" if isinstance(error, ImportError) else type(error).__name__
+    return f"{kind}: {text}"
 
 
 def gate(title: str, check: Callable[[], Any]) -> Any:

@@ -16,6 +16,7 @@ from machine import machine_line
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.collections import PolyCollection  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter  # noqa: E402
 
@@ -267,12 +268,16 @@ def _style(contender: str, run: Run) -> tuple[str, str, str]:
     return _STYLES[place] if place < len(_STYLES) else _STYLES[1 + place % (len(_STYLES) - 1)]
 
 
+def _is_shaded(panel: Axes) -> bool:
+    return any(isinstance(drawn, PolyCollection) for drawn in panel.collections)
+
+
 def _finish(figure: Figure, title: str, run: Run) -> None:
     """Put one legend for all panels, the title, and the machine under a figure."""
     entries: dict[str, Any] = {}
     for panel in figure.axes:
         entries.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    shaded = "shaded: p20 to p80; " if any(panel.collections for panel in figure.axes) else ""
+    shaded = "shaded: p20 to p80; " if any(map(_is_shaded, figure.axes)) else ""
     words = f"{shaded}{machine_line(run.machine)}"
     footer = textwrap.fill(words, width=int(17 * figure.get_figwidth()))
     longest = max((len(name) for name in entries), default=0)

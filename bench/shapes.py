@@ -13,7 +13,7 @@ import torch
 from harness import full_size
 
 __all__ = [
-    "BERT_LARGE", "CONV_LAYERS", "LINEAR_LAYERS", "LLAMA_1B", "MODELS", "RESNET_50", "count",
+    "BERT_LARGE", "CONV_LAYERS", "FISHER_MODELS", "LINEAR_LAYERS", "LLAMA_1B", "MODELS", "count",
     "parameter_sizes", "size_set",
 ]  # fmt: skip
 
@@ -24,6 +24,37 @@ LLAMA_1B: dict[str, Any] = {
 }  # fmt: skip
 RESNET_50: dict[str, Any] = {
     "layer": "bottleneck", "depths": [3, 4, 6, 3], "widths": [256, 512, 1024, 2048],
+}  # fmt: skip
+
+VIT_LARGE: dict[str, Any] = {"layers": 24, "hidden": 1024, "heads": 16}
+
+# Whole models that are scored, by the set of sizes.
+FISHER_MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    "toy": {
+        "bert": {"layers": 2, "hidden": 32, "heads": 2, "vocab": 100, "length": 16,
+                 "batch_size": 3, "batches": 2},
+        "llama": {"layers": 2, "hidden": 32, "heads": 8, "intermediate": 48, "vocab": 100,
+                  "length": 16, "batch_size": 3, "batches": 2},
+        "resnet": {"layer": "basic", "depths": [1, 1], "widths": [8, 16], "side": 32,
+                   "batch_size": 3, "batches": 2},
+        "convnet": {"widths": [8, 8, 16], "side": 16, "batch_size": 3, "batches": 2},
+    },
+    "cpu": {  # the cheap ones first: where time is short all begin
+        "convnet": {"widths": [64, 64, 128, 128], "side": 32, "batch_size": 32, "batches": 16},
+        "resnet": {"layer": "basic", "depths": [2, 2, 2, 2], "widths": [64, 128, 256, 512],
+                   "side": 64, "batch_size": 16, "batches": 16},
+        "llama": {"layers": 4, "hidden": 512, "heads": 8, "intermediate": 1376, "vocab": 8000,
+                  "length": 128, "batch_size": 4, "batches": 16},
+        "bert": {"layers": 4, "hidden": 512, "heads": 8, "vocab": 30522, "length": 128,
+                 "batch_size": 8, "batches": 16},
+    },
+    "gpu": {
+        "bert": {**BERT_LARGE, "length": 128, "batch_size": 32, "batches": 8},
+        "llama": {**LLAMA_1B, "length": 512, "batch_size": 8, "batches": 8},
+        "resnet": {**RESNET_50, "side": 224, "batch_size": 64, "batches": 4},
+        "vit": {**VIT_LARGE, "side": 224, "batch_size": 64, "batches": 4},
+        "convnet": {"widths": [64, 128, 128, 256], "side": 64, "batch_size": 128, "batches": 4},
+    },
 }  # fmt: skip
 
 # Each shape once: attention projections (keys and values where they are narrower), then the MLP.

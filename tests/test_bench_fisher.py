@@ -149,7 +149,7 @@ def test_a_right_contender_gets_a_line(
     assert figures["relative_error"] < 1e-5
     weights = sum(p.nbytes for p in workload.model.parameters())
     assert figures["peak_bytes"] > 1.5 * weights  # the weights and something as large beside them
-    samples = workload.head if contender == "batch-1 loop" else workload
+    samples = workload if contender == "fishfast" else workload.head
     assert figures["num_samples"] == samples.num_samples
 
 
@@ -169,6 +169,17 @@ def test_a_peer_agrees_or_says_why_not(bench: Any, model: str, peer: str) -> Non
     else:
         _, scores = baselines.prepare(peer, workload)
         assert baselines.check(peer, workload, scores) < 1e-5
+
+
+def test_a_small_vit_is_scored(bench: Any) -> None:
+    """On a GPU it is ViT-L; no smaller set has one."""
+    pytest.importorskip("transformers", reason="the models are those of transformers")
+    sizes = {"layers": 1, "hidden": 16, "heads": 2, "side": 32, "batch_size": 2, "batches": 2}
+    workload = bench("fisher_models").build("vit", _CPU, torch.float32, **sizes)
+    baselines = bench("fisher_baselines")
+    _, scores = baselines.prepare("fishfast", workload)
+    assert baselines.check("fishfast", workload, scores) < 1e-5
+    assert workload.title == "ViT 1x16 32px B=2 fp32"
 
 
 def test_a_peer_that_is_not_installed_is_skipped_by_name(
