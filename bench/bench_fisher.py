@@ -31,7 +31,16 @@ from fisher_baselines import (
     version_of,
 )
 from fisher_models import Workload, load, names
-from harness import Unavailable, compare, devices, full_size, peak_bytes, short_set, skip
+from harness import (
+    Unavailable,
+    compare,
+    count_flops,
+    devices,
+    full_size,
+    peak_bytes,
+    short_set,
+    skip,
+)
 
 _SECONDS = (2.0 if short_set() else 5.0) if full_size() else 0.1
 
@@ -79,6 +88,7 @@ def score_and_record(
         "times_fishfast": timing["times_floor"] / fishfast.timing["times_floor"],
         "peak_bytes": peak,
         "minimum_bytes": _minimum_bytes(workload.head),
+        **_counted(workload, timing["median_us"]),
     }
     if contender == "fishfast":
         figures["times_floor_further"] = _times_floor_further(workload, timing, seconds)
@@ -98,7 +108,7 @@ def score_and_record(
         f"{contender:<24} {workload.title:<34} "
         f"{per_sample / 1e3:>10.3f} ms/sample  {timing['times_floor']:>7.2f} x floor  "
         f"{figures['times_fishfast']:>7.2f} x fishfast  {peak / 2**20:>9.1f} MiB  "
-        f"{peak / figures['minimum_bytes']:>6.2f} x minimum"
+        f"{peak / figures['minimum_bytes']:>6.2f} x minimum  {figures['tflop_per_s']:.3f} TFLOP/s"
         + (
             f"  {figures['times_floor_further']:>6.2f} x floor per further batch"
             if contender == "fishfast"
@@ -136,11 +146,26 @@ def _times_floor_further(workload: Workload, timing: dict[str, float], seconds: 
     return (count * timing["times_floor"] - first) / (count - 1)
 
 
+def _counted(workload: Workload, us: float) -> dict[str, float]:
+    """Return the floor's FLOPs, and what must move: weights twice a batch, scores once."""
+    count = len(workload.batches)
+    weights = sum(p.nbytes for p in workload.model.parameters())
+    scores = 4 * sum(p.numel() for p in workload.model.parameters())
+    flops, num_bytes = count * _flops(workload.head), 2 * count * weights + scores
+    return {"bytes": num_bytes, "gb_per_s": num_bytes / us / 1e3,
+            "flops": flops, "tflop_per_s": flops / us / 1e6}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=2)  # a workload's head and its own
+def _flops(head: Workload) -> int:
+    return count_flops(forward_backward(head))
+
+
 def _bytes_at_rest(workload: Workload) -> int:
     return sum(t.nbytes for t in [*workload.model.parameters(), *workload.model.buffers()])
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _minimum_bytes(workload: Workload) -> int:
     """Return the bytes of weights, fp32 scores, and the peak of the first batch's forward."""
 

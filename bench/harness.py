@@ -42,11 +42,12 @@ import torch
 from clock import compare, measure
 from floors import copy_bandwidth, gemm_rate, read_bandwidth, roofline_us
 from machine import full_size, machine, short_set, version
+from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
-    "Unavailable", "WrongResult", "compare", "copy_bandwidth", "devices", "full_size", "gate",
-    "gemm_rate", "machine", "measure", "peak_bytes", "read_bandwidth", "record", "roofline_us", "short_set",
-    "skip", "version", "why",
+    "Unavailable", "WrongResult", "compare", "copy_bandwidth", "count_flops", "devices",
+    "full_size", "gate", "gemm_rate", "machine", "measure", "peak_bytes", "read_bandwidth",
+    "record", "roofline_us", "short_set", "skip", "version", "why",
 ]  # fmt: skip
 
 
@@ -132,6 +133,16 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Return the FLOPs of a call's matrix products and convolutions: 2 for each product.
+
+    Fused attention on a CPU is not in torch's count.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 @contextlib.contextmanager

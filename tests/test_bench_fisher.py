@@ -151,6 +151,10 @@ def test_a_right_contender_gets_a_line(
     assert figures["peak_bytes"] > 1.5 * weights  # the weights and something as large beside them
     samples = workload if contender == "fishfast" else workload.head
     assert figures["num_samples"] == samples.num_samples
+    # The last layer alone: forward, its input's and its weight's gradient.
+    last = workload.model[-1].weight.numel()
+    assert figures["flops"] > 3 * 2 * last * figures["num_samples"]
+    assert figures["bytes"] > 2 * weights
 
 
 @pytest.mark.parametrize("peer", ["torch.func vmap", "Opacus", "BackPACK"])
@@ -266,6 +270,11 @@ def test_peak_memory_counts_what_is_held_at_once(bench: Any) -> None:
 
     peak = bench("harness").peak_bytes(two_of_three, _CPU)
     assert peak == pytest.approx(3 * 2**20, abs=2**10)  # MiB: second, the third, and their sum
+
+
+def test_flops_are_two_for_each_product(bench: Any) -> None:
+    left, right = torch.ones(3, 5), torch.ones(5, 7)
+    assert bench("harness").count_flops(lambda: left @ right) == 2 * 3 * 5 * 7
 
 
 def test_sizes_have_four_names(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
