@@ -93,6 +93,7 @@ def pytest_report_header() -> str:
     return note + machine_line(info)
 
 
+@pytest.hookimpl(trylast=True)  # counts what -k has left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run what matters most first, and the contenders of one case after each other."""
     cases: dict[Any, int] = {}
