@@ -52,7 +52,8 @@ def markdown(run: Run, pictures: Iterable[tuple[str, str]]) -> str:
     if info.get("rehearsal"):
         lines += ["", "**REHEARSAL at toy size: shows that everything runs, measures nothing.**"]
     if (others := info.get("others_percent") or 0) > _BUSY:
-        lines += ["", f"**Other processes took {others:.0f} % of the cores: not a quiet machine.**"]
+        took = f"Other processes, compilers included, took {others:.0f} % of the cores"
+        lines += ["", f"**{took}: not a quiet machine.**"]
     if info.get("note"):
         lines += ["", f"{info['note']}."]
     lines += [
