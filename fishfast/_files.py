@@ -43,7 +43,7 @@ def write_atomically(
 ) -> None:
     """Write a safetensors file so that a kill at any moment leaves the old file or the new one.
 
-    Temporary file in the same folder, fsync, rename over the target, fsync of the folder. A link is
+    The same tensors and metadata give the same bytes. Temporary file in the same folder, fsync, rename over the target, fsync of the folder. A link is
     followed, and an existing file's mode is kept. A kill may leave the temporary file behind.
 
     Args:
@@ -70,6 +70,20 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's entries in order: the library's own differs from one call to the next."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise RuntimeError(f"the header of {path} takes {len(text)} bytes instead of {length}")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def write_text_atomically(path: PathLike, text: str) -> None:
