@@ -144,8 +144,9 @@ def _task(model: nn.Module) -> str:
 def _label_column(rows: Rows, given: str | None) -> str:
     name = given or next((n for n in ("label", "labels") if n in rows.columns), None)
     if name not in rows.columns:
+        rule = "be" if given else "be given unless one is called label or labels:"
         raise ValueError(
-            f"label_column must be one of {', '.join(map(repr, rows.columns))}; got {name!r}"
+            f"label_column must {rule} one of {', '.join(map(repr, rows.columns))}; got {name!r}"
         )
     return str(name)
 
