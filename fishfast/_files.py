@@ -28,6 +28,7 @@ __all__ = [
     "raw_bytes",
     "read_checked",
     "refuse_damaged",
+    "refuse_no_file",
     "refuse_unwritable",
     "replace_file",
     "write_atomically",
@@ -283,6 +284,7 @@ def read_checked(
         ValueError: not a safetensors file, another format, a newer version, or a name that occurs
             twice in its header.
     """
+    refuse_no_file(path)
     _refuse_duplicate_names(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
@@ -291,6 +293,20 @@ def read_checked(
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+
+
+def refuse_no_file(path: PathLike) -> None:
+    """Refuse to read a folder, device or pipe: safetensors cannot map it, and its opening may hang.
+
+    Args:
+        path: what to read.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: it is no regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{os.fspath(path)!r} must be a regular file")
 
 
 def check_format(path: PathLike, metadata: Mapping[str, str], kind: str, version: int) -> None:
