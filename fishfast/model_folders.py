@@ -86,10 +86,13 @@ def load_model(
     with _reading(f"the config of {source} cannot be read"):
         config = transformers.AutoConfig.from_pretrained(where, **local)
     name = architecture or next(iter(config.architectures or ()), None)
-    model_class = getattr(transformers, name, None) if name else None
-    if model_class is None or not hasattr(model_class, "from_pretrained"):
+    model_class: Any = getattr(transformers, name, None) if name else None
+    is_model = isinstance(model_class, type) and issubclass(
+        model_class, transformers.PreTrainedModel
+    )
+    if not is_model and not (model_class and str(name).startswith("AutoModel")):
         raise ValueError(
-            f"the architecture must be a class of transformers {transformers.__version__}; "
+            f"the architecture must be a model of transformers {transformers.__version__}; "
             f"{os.fspath(folder)!r} names {name!r}; give another one"
         )
     with _reading(f"the tokenizer of {source} cannot be read"):
@@ -227,7 +230,7 @@ def _reading(problem: str) -> Iterator[None]:
 
 def _refuse_other_device(device: torch.device | str) -> None:
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()  # "meta" has nothing to give
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device must be one that torch has here, such as 'cpu'; got {str(device)!r}: {error}"

@@ -83,6 +83,11 @@ class _Collate:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         columns = [[_text(row, name) for row in rows] for name in self.texts]
         batch = dict(self._tokens(*columns))
+        if batch["input_ids"].numel() == 0:  # which models fail on without naming a row
+            raise ValueError(
+                f"texts must have tokens; row {rows[0]['row number']} has {columns[0][0]!r} in "
+                f"{self.texts[0]!r}, and its batch has no other; leave such rows out"
+            )
         if self.task == "tokens":
             counted = batch["attention_mask"].bool()
             batch["labels"] = batch["input_ids"].masked_fill(~counted, IGNORED)

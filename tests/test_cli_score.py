@@ -253,6 +253,7 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
     "no label": ({"label": -1}, [], "row 0 has -1 in 'label'"),
     "unknown name": ({"label": "neutral"}, [], "row 0 has 'neutral' in 'label'"),
     "no text": ({"text": None, "other": "a"}, ["--text-column", "text"], "has None in 'text'"),
+    "no token": ({"text": " "}, [], "texts must have tokens; row 0 has ' ' in 'text'"),
     "two texts": ({"more": "b"}, [], "those with strings: 'text', 'more'"),
     "three texts": (
         {"x": "a", "y": "b"},
@@ -268,6 +269,8 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
     ),
     "no folder": ({}, ["--resume", "/nowhere/f"], "the folder of '/nowhere/f' must exist"),
     "no architecture": ({}, ["--architecture", "BertForAnything"], "names 'BertForAnything'"),
+    "no model": ({}, ["--architecture", "BertConfig"], "must be a model of transformers"),
+    "no values": ({}, ["--device", "meta"], "device must be one that torch has here"),
     "another task": (
         {}, ["--architecture", "BertForMaskedLM"],
         "or an encoder-decoder of texts; got BertForMaskedLM",
@@ -469,6 +472,14 @@ def test_outputs_are_files_of_their_own(folder: Path, tmp_path: Path) -> None:
         assert "--out, --mask and --resume must be different files" in result.stderr
     assert (data.read_bytes(), weights.read_bytes()) == before
     assert not list(tmp_path.iterdir())
+
+
+def test_more_samples_than_rows_are_all_rows(folder: Path, tmp_path: Path) -> None:
+    run = folder / "bert", folder / "rows", "-o", tmp_path / "f", "--num-samples"
+    assert succeeded(score(*run, 7)).stderr == ""
+    result = succeeded(score(*run, 8))
+    assert result.stderr == f"note: {folder / 'rows'} has 7 rows; all of them are scored\n"
+    assert ff.Fisher.load(tmp_path / "f").num_samples == 7
 
 
 def test_options_that_need_each_other(folder: Path, tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "--num-label-samples", type=_COUNT, default=1, show_default=True, metavar="N",
     help="Draws per row, for --fisher-type sampled.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N"
+)
 @click.option(
     "--device", metavar="NAME", help="Such as cuda:1.  [default: cuda, without a GPU cpu]"
 )
@@ -113,9 +115,13 @@ def score(model: Path, data: Path, out: Path, **options: Any) -> None:
     with clean_errors():
         _refuse_bad_places(model, data, out, options["mask"], options["resume"])
         loaded = _load(model, options)
+        rows = load_rows(data, split=options["split"])
+        if (wanted := options["num_samples"]) is not None and wanted > len(rows):
+            click.echo(f"note: {data} has {len(rows):,} rows; all of them are scored", err=True)
+            options["num_samples"] = None
         batches = make_batches(
             loaded,
-            load_rows(data, split=options["split"]),
+            rows,
             **{
                 name: options[name]
                 for name in (
