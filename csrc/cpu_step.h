@@ -24,8 +24,6 @@ void step_rows(const Row* rows, int64_t num_rows, int num_threads, const Update&
       pieces.push_back({&rows[r], begin, std::min(rows[r].k, begin + kEntriesPerCpuChunk)});
     }
   }
-  // Starting the threads costs as much as about two pieces take.
-  if (pieces.size() < 4) num_threads = 1;
   parallel_chunks(int64_t(pieces.size()), num_threads, [&](int64_t p, int) {
     const Piece& piece = pieces[size_t(p)];
     update(*piece.row, piece.begin, piece.end);

@@ -4,7 +4,7 @@
 // its threads spin for milliseconds, in which threads of ours would have half a core. The pool is
 // looked up in the process, so the extension needs neither torch nor OpenMP. Where there is none,
 // and in a forked child, to which threads do not pass, threads live for one call: about 30 us each.
-// Callers pass num_threads = 1 for work that is shorter than that, else torch's own number: the
+// Callers pass num_threads = 1 for short work, else torch's own number (fishfast/_backend.py): the
 // pool would end the threads that a smaller team leaves out.
 #pragma once
 #include <dlfcn.h>

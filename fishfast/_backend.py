@@ -21,6 +21,8 @@ import torch
 
 __all__ = ["build_info", "choose", "compiled", "num_threads"]
 
+_START_OF_THREADS = 1e5  # nanoseconds
+
 # What can run each operation on each kind of device, best first.
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "fisher": {"cpu": ("cpu", "torch", "triton"), "cuda": ("triton", "torch")},
@@ -141,9 +143,14 @@ def _why_no_triton(device_type: str) -> str:
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
-def num_threads() -> int:
-    """Return how many threads the compiled CPU paths use: torch's own setting."""
-    return torch.get_num_threads()
+def num_threads(nanoseconds: float) -> int:
+    """Return how many threads a compiled CPU path uses: torch's own setting, or one.
+
+    Args:
+        nanoseconds: about what the work takes on one thread; less than a start of all takes, and
+            one does it.
+    """
+    return torch.get_num_threads() if nanoseconds >= _START_OF_THREADS else 1
 
 
 def build_info() -> dict[str, Any]:

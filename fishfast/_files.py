@@ -23,7 +23,6 @@ __all__ = [
     "Checksum",
     "PathLike",
     "check_format",
-    "check_indices",
     "make_folder",
     "raw_bytes",
     "read_checked",
@@ -370,28 +369,3 @@ def _refuse_duplicate_names(path: Path) -> None:
             json.loads(file.read(length), object_pairs_hook=unique)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             return  # likewise
-
-
-def check_indices(name: str, indices: Tensor, numel: int, source: str) -> None:
-    """Refuse indices that are not ascending, unique, integer and within a tensor of ``numel``.
-
-    Args:
-        name: the parameter, for the message.
-        indices: what to check.
-        numel: size of the parameter.
-        source: what the indices came from, for the message.
-
-    Raises:
-        ValueError: with the parameter's name and what is wrong.
-    """
-    problem = ""
-    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
-        problem = (
-            f"are {indices.dtype} of shape {tuple(indices.shape)}, not a vector of int32 or int64"
-        )
-    elif len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= numel):
-        problem = f"reach from {int(indices.min())} to {int(indices.max())} in a tensor of {numel}"
-    elif len(indices) > 1 and not bool((indices[1:] > indices[:-1]).all()):
-        problem = "are not strictly ascending"
-    if problem:
-        raise ValueError(f"{source}: the indices of {name!r} {problem}")

@@ -1,9 +1,9 @@
 """Compact parameters: how k values of a frozen weight are trained.
 
 A masked weight W is frozen. Next to it, on the same module, a `CompactParameter` holds its k
-selected values as fp32 masters. The module gets a per-instance subclass of its class, in which
-gradients find their way to them: by a property (`fishfast.gradient_tap`), and in known layers by a
-forward (`fishfast.masked_layers`).
+selected values as fp32 masters; a `fishfast.compact_target.Target` says where in W they go. The
+module gets a per-instance subclass of its class, in which gradients find their way to them: by a
+property (`fishfast.gradient_tap`), and in known layers by a forward (`fishfast.masked_layers`).
 """
 
 from __future__ import annotations
@@ -18,144 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishfast.compact_target import Target
 from fishfast.gradient_tap import VALUES_SUFFIX, tapped_property
-from fishfast.masked_grad_plan import Plan
-from fishfast.masked_layers import has_own_forward, own_forward, plan_for
+from fishfast.masked_layers import own_forward
 
 __all__ = [
     "VALUES_SUFFIX",
     "CompactParameter",
-    "Target",
     "compact_parameters",
     "refuse_retired",
     "tap",
     "untap",
 ]
-
-
-class Target:
-    """Where the values of a compact parameter live.
-
-    Args:
-        owners: every (module, parameter name) that holds the weight; several when it is tied.
-        indices: ascending flat indices of the selected weights, row-major.
-
-    Attributes:
-        plan: how calls of the owners compute the gradient; None if none of them does.
-    """
-
-    plan: Plan | None = None
-
-    def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor) -> None:
-        self.owners = owners
-        # The compiled step reads them by address, so they are nobody else's to change.
-        self.indices = indices.clone(memory_format=torch.contiguous_format)
-        module, name = owners[0]
-        self.shape = module._parameters[name].shape  # type: ignore[union-attr]
-        self.retired = False  # by another mask: whoever still trains these values is told so
-        self._seen: tuple[Tensor, int, int] | None = None  # what `_state` said at that time
-        self._offsets: tuple[tuple[int, ...], Tensor] | None = None
-        self.name = ""  # the weight's in the model, for errors: set by who knows it
-
-    def weight(self) -> Tensor:
-        """Return the weight as the module holds it now.
-
-        Raises:
-            RuntimeError: a weight that is gone, has another shape now, or is tied and its owners
-                hold different tensors now, or values that another mask replaced.
-        """
-        if self.retired:
-            raise RuntimeError(
-                "parameters must be those of the model's present mask; got some of before "
-                "tuned.remask; pass it optimizer=, or make a new optimizer from tuned.parameters()"
-            )
-        module, name = self.owners[0]
-        weight = module._parameters.get(name)  # a parametrization or pruning takes it away
-        if weight is None or weight.shape != self.shape:
-            got = "gone" if weight is None else f"of shape {tuple(weight.shape)} now"
-            raise RuntimeError(
-                f"the masked parameter {name!r} of {type(module).__name__} had shape "
-                f"{tuple(self.shape)} in train_only and is {got}; release() before changing it"
-            )
-        if not self.is_whole():
-            raise RuntimeError(
-                f"the tied weight {name!r} was untied after train_only (load_state_dict with "
-                "assign=True?); tie it again, for instance with model.tie_weights() in no_grad mode"
-            )
-        return weight
-
-    def move(self, device: torch.device) -> None:
-        """Keep the indices where the weight is, and plan for that device."""
-        self.indices = self.indices.to(device)
-        if self.plan is None or self.plan.device != device:
-            self.plan = plan_for(self.owners, self.shape, self.indices)
-
-    def road(self) -> str:
-        """Return how gradients reach the values: by ``"rows"``, by the ``"tap"``, or by both."""
-        roads = {has_own_forward(module, name) for module, name in self.owners}
-        return "rows, tap" if len(roads) == 2 else "rows" if roads.pop() else "tap"
-
-    def is_whole(self) -> bool:
-        """Return whether every owner of the weight holds the same tensor."""
-        if len(self.owners) == 1:  # nearly always, and asked in every step
-            return True
-        return len({id(module._parameters.get(name)) for module, name in self.owners}) == 1
-
-    def offsets(self, weight: Tensor) -> Tensor:
-        """Return where the selected weights lie in the weight's storage: indices, if contiguous."""
-        if weight.is_contiguous():
-            return self.indices
-        if self._offsets is None or self._offsets[0] != weight.stride():
-            coordinates = torch.unravel_index(self.indices.long(), weight.shape)
-            offsets = sum(
-                c * stride for c, stride in zip(coordinates, weight.stride(), strict=True)
-            )
-            self._offsets = (weight.stride(), torch.as_tensor(offsets))
-        return self._offsets[1].to(weight.device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without what was seen: a copied tensor counts its versions anew."""
-        return {**self.__dict__, "_seen": None}
-
-    def mark_seen(self, weight: Tensor) -> None:
-        """Remember the weight as it is: the masters agree with it."""
-        self._seen = _state(weight)
-
-    def changed(self, weight: Tensor) -> bool:
-        """Return whether the weight was replaced or written to since `mark_seen`.
-
-        Writes past autograd, such as ``weight.data.zero_()``, leave no trace.
-        """
-        seen = self._seen
-        return seen is None or seen[0] is not weight or seen[1:] != _state(weight)[1:]
-
-    def agrees(self) -> bool:
-        """Return whether the weight is there and was not changed; raises nothing."""
-        module, name = self.owners[0]
-        weight = module._parameters.get(name)
-        return weight is not None and not self.changed(weight)
-
-    def gather(self) -> Tensor:
-        """Return the selected weights, in the weight's dtype."""
-        return self.weight().detach().flatten().index_select(0, self.indices)
-
-    def scatter_(self, values: Tensor) -> None:
-        """Write values, rounded to the weight's dtype, into the weight and nothing else."""
-        weight = self.weight()
-        storage = weight.detach().as_strided((_extent(weight),), (1,))
-        storage.index_copy_(0, self.offsets(weight).long(), values.detach().to(weight.dtype))
-        self.mark_seen(weight)
-
-
-def _state(weight: Tensor) -> tuple[Tensor, int, int]:
-    # The address tells of ``weight.data = other``, which counts no version.
-    return weight, weight._version, weight.data_ptr()
-
-
-def _extent(tensor: Tensor) -> int:
-    return 1 + sum(
-        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
 
 
 class CompactParameter(nn.Parameter):

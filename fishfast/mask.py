@@ -15,13 +15,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fishfast._files import (
-    PathLike,
-    check_indices,
-    read_checked,
-    refuse_damaged,
-    write_atomically,
-)
+from fishfast._files import PathLike, read_checked, refuse_damaged, write_atomically
 
 __all__ = ["SparseMask"]
 
@@ -70,7 +64,7 @@ class SparseMask(Mapping[str, Tensor]):
         self._indices: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             found = indices.get(name, torch.empty(0, dtype=torch.int32, device="cpu"))
-            check_indices(name, found, prod(shape), "mask")
+            _check_indices(name, found, prod(shape))
             self._indices[name] = found.to(index_dtype(prod(shape)), copy=True)
         self.num_zero_score = num_zero_score
 
@@ -266,6 +260,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) < len(pairs):
         raise ValueError("an entry occurs twice")
     return entries
+
+
+def _check_indices(name: str, indices: Tensor, numel: int) -> None:
+    """Refuse indices that are not ascending, unique, integer and within a tensor of ``numel``."""
+    problem = ""
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        problem = (
+            f"are {indices.dtype} of shape {tuple(indices.shape)}, not a vector of int32 or int64"
+        )
+    elif len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= numel):
+        problem = f"reach from {int(indices.min())} to {int(indices.max())} in a tensor of {numel}"
+    elif len(indices) > 1 and not bool((indices[1:] > indices[:-1]).all()):
+        problem = "are not strictly ascending"
+    if problem:
+        raise ValueError(f"mask: the indices of {name!r} {problem}")
 
 
 def index_dtype(numel: int) -> torch.dtype:

@@ -27,9 +27,8 @@ from fishfast.masked_grad_products import as_matrix, conv_products, linear_produ
 
 __all__ = ["is_traced", "masked_grad"]
 
+_TIME = 0.05  # nanoseconds for a product
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/storage.h
-# Multiplications that keep one thread busy for longer than a start of all takes.
-_SERIAL = 2**21
 
 
 def masked_grad(
@@ -159,6 +158,6 @@ def _sums(
         strides=(left.stride(0), right.stride(0)),
         storage=storage,
         wide_indices=indices.dtype == torch.int64,
-        num_threads=1 if len(indices) * len(left) < _SERIAL else _backend.num_threads(),
+        num_threads=_backend.num_threads(len(indices) * len(left) * _TIME),
     )
     return True

@@ -47,10 +47,10 @@ class SideTap(torch.autograd.Function):
         # torch.compile traces this too, and differentiates nothing twice.
         if weight is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # With create_graph=True: the gradient of x, which the layer's own backward gives,
-            # depends on the values. What is added to it is zero, and its derivative is not.
+            # depends on the values. What is added to it is zero, and its derivatives are not.
             tapped = GradientTap.apply(weight, values, plan[0])
-            grad_x = input_grad(kind, grad.detach(), x, tapped, geometry)
-            grad_x = grad_x - grad_x.detach()
+            grad_x, as_frozen = (input_grad(kind, grad, x, w, geometry) for w in (tapped, weight))
+            grad_x = grad_x - as_frozen
         return (grad, grad_x, None, grad_values, *[None] * 8)
 
 
@@ -93,6 +93,32 @@ def _keep(
 def _grad_values(constants: tuple[Any, ...], grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
     kind, *others = constants
     return masked_grad(kind, grad, x, *plan, *others)
+
+
+class BiasTap(torch.autograd.Function):
+    """``(y, bias, dims) -> y``, whose backward sums the gradient of a convolution's bias.
+
+    Asked for the bias alone, torch's own backward on a CPU computes the dense weight gradient, too.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, bias: Tensor, dims: int) -> Tensor:
+        """Return the layer's output, of [(B,) C, positions of dims] elements."""
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep which dims are positions."""
+        y, bias, dims = inputs
+        ctx.dtype = bias.dtype  # fp32 under autocast
+        ctx.summed = [dim for dim in range(y.dim()) if dim != y.dim() - dims - 1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of y and of the bias."""
+        return grad, grad.sum(ctx.summed, dtype=ctx.dtype), None
 
 
 def _side_tap(module: Any, y: Tensor, x: Tensor, kind: str, *geometry: int) -> Tensor:
@@ -147,7 +173,7 @@ def _embedding_forward(self: Any, input: Tensor) -> Tensor:
     if self.scale_grad_by_freq or _is_plain(self, input):
         return nn.Embedding.forward(self, input)
     y = F.embedding(input, _frozen_weight(self), self.padding_idx, self.max_norm, self.norm_type)
-    padding = -1 if self.padding_idx is None else self.padding_idx
+    padding = -1 if self.padding_idx is None else self.padding_idx % len(self._parameters["weight"])
     return _side_tap(self, y, input, "embedding", padding)
 
 
@@ -171,9 +197,14 @@ def _conv_forward(
         stride, padding, dilation = (
             _for_each_dim(setting, dims) for setting in (self.stride, padding, self.dilation)
         )
+        bias = self.bias
+        sums_bias = bias is not None and bias.requires_grad and input.device.type == "cpu"
         y = conv(
-            input, _frozen_weight(self), self.bias, stride, padding, dilation, self.groups,
+            input, _frozen_weight(self), bias.detach() if sums_bias else bias,
+            stride, padding, dilation, self.groups,
         )  # fmt: skip
+        if sums_bias:
+            y = BiasTap.apply(y, bias, dims)
         return _side_tap(self, y, input, "conv", *stride, *padding, *dilation, self.groups)
 
     return forward

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fishfast.base_identity import BaseIdentity
-from fishfast.compact import CompactParameter, Target, tap, untap
+from fishfast.compact import CompactParameter, tap, untap
+from fishfast.compact_target import Target
 from fishfast.mask import SparseMask
 from fishfast.masters import parameters_in_order
 from fishfast.targets import find_targets, selected_values

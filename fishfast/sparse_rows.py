@@ -28,6 +28,7 @@ _TARGET_DTYPE = np.dtype(
     [("weight", "<u8"), ("offsets", "<u8"), ("storage", "<i4"), ("wide_offsets", "<i4")]
 )
 CHUNK_DTYPE = np.dtype([("start", "<i8"), ("row", "<i8")])
+_TIME = 1.5  # nanoseconds for an entry
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -83,7 +84,7 @@ def launch(
     assert rows.itemsize == getattr(extension, f"{operation.upper()}_ROW_BYTES")
     call = getattr(extension, f"{operation}_{backend}")
     if backend == "cpu":
-        call(rows.ctypes.data, len(rows), _backend.num_threads())
+        call(rows.ctypes.data, len(rows), _backend.num_threads(rows["k"].sum() * _TIME))
         return
     counts = tuple(update.values.numel() for update in updates)
     chunks = chunk_table(counts, extension.ENTRIES_PER_STEP_CHUNK, device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fishfast.compact import VALUES_SUFFIX, CompactParameter, Target
+from fishfast.compact import VALUES_SUFFIX, CompactParameter
+from fishfast.compact_target import Target
 from fishfast.mask import SparseMask
 
 __all__ = ["find_targets", "selected_values"]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishfast.compact import CompactParameter, Target
+from fishfast.compact import CompactParameter
+from fishfast.compact_target import Target
 
 __all__ = ["Update", "is_capturing", "refuse_in_capture", "refuse_not_finite"]
 
@@ -47,6 +48,8 @@ class Update:
         target: where the values go; None for a plain parameter.
         weight: the target's weight.
     """
+
+    __slots__ = ("grad", "group", "state", "target", "values", "weight")
 
     def __init__(self, values: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         grad = values.grad

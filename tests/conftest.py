@@ -21,7 +21,13 @@ LARGE_REASON = "takes gigabytes of memory; run with -m large"
 
 # The modules that assert for tests: their failures show the values too.
 pytest.register_assert_rewrite(
-    "capturable_runs", "fisher_checks", "stepping", "train_only_modules", "train_only_net"
+    "capturable_runs",
+    "cuda_models",
+    "fisher_checks",
+    "processes",
+    "stepping",
+    "train_only_modules",
+    "train_only_net",
 )
 
 

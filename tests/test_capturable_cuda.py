@@ -11,6 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_models import (
+    assert_same_states,
+    assert_same_weights,
+    going_on_from_torch,
+    images,
+    net,
+    tuned_on_both,
+)
 from torch import Tensor, nn
 
 import fishfast as ff
@@ -41,17 +49,9 @@ def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def net() -> nn.Module:
+def net_on_card() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(8 * 64, 32),
-        nn.LayerNorm(32),
-        nn.Linear(32, 5),
-    ).cuda()
+    return net().cuda()
 
 
 def tuned_net(
@@ -62,20 +62,12 @@ def tuned_net(
     return tuned, make(tuned.parameters(), backend="cuda", **{**options, **more})
 
 
-def batch(seed: int) -> Tensor:
-    return torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(seed)).cuda()
-
-
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_replayed_steps_equal_the_cpu_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     """New gradients and learning rates in the captured memory; ten replays."""
     make, options = OPTIMIZERS[name]
-    shapes = [(1031,), (64, 33, 3, 3), (2049, 7), (1,)]
-    model = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes]).to(dtype)
-    mask = ff.random_mask(model, density=0.4, seed=0)
-    models = {"cpu": model, "cuda": copy.deepcopy(model).cuda()}
-    tuned = {device: ff.train_only(m, mask) for device, m in models.items()}
+    models, tuned = tuned_on_both(dtype)
     rates = {device: torch.tensor(1e-2, device=device) for device in models}
     optimizers = {
         device: make(
@@ -101,20 +93,18 @@ def test_replayed_steps_equal_the_cpu_bit_for_bit(name: str, dtype: torch.dtype)
         set_gradients()
         graph.replay()
         optimizers["cpu"].step()
-        for on_cpu, on_gpu in zip(*(m.parameters() for m in models.values()), strict=True):
-            assert torch.equal(on_cpu, on_gpu.cpu())
-    for on_cpu, on_gpu in zip(*(o.state.values() for o in optimizers.values()), strict=True):
-        assert all(torch.equal(value, on_gpu[key].cpu()) for key, value in on_cpu.items())
+        assert_same_weights(models)
+    assert_same_states(optimizers)
 
 
 @EACH
 def test_captured_iteration_equals_an_ordinary_one(name: str) -> None:
     """Forward, backward and step in one graph; gradients live in the graph's own memory."""
-    models = [net(), net()]
+    models = [net_on_card(), net_on_card()]
     more = {"lr": 1e-3, **({} if "SGD" in OPTIMIZERS[name][0].__name__ else {"eps": 1e-2})}
     (_, reference) = tuned_net(name, models[0], **more)
     (_, optimizer) = tuned_net(name, models[1], capturable=True, **more)
-    static = batch(0)
+    static = images(0)
 
     def iterate(model: nn.Module, stepper: torch.optim.Optimizer, data: Tensor) -> Tensor:
         stepper.zero_grad(set_to_none=True)
@@ -128,12 +118,12 @@ def test_captured_iteration_equals_an_ordinary_one(name: str) -> None:
         iterate(models[0], reference, static.clone())
     before = copy.deepcopy(models[1].state_dict())
     for seed in range(8):
-        static.copy_(batch(seed))
+        static.copy_(images(seed))
         graph.replay()
-        iterate(models[0], reference, batch(seed))
+        iterate(models[0], reference, images(seed))
     # Library calls may choose other algorithms in a capture: their last bits may differ.
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
-    masks = ff.random_mask(net(), density=0.3, seed=0)
+    masks = ff.random_mask(net_on_card(), density=0.3, seed=0)
     for key, found in masks.items():
         now, then = models[1].state_dict()[key].flatten(), before[key].flatten()
         outside = torch.ones(now.numel(), dtype=torch.bool, device="cuda")
@@ -145,12 +135,12 @@ def test_captured_iteration_equals_an_ordinary_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["AdamW", "momentum"])
 def test_overflow_in_a_replay_skips_the_whole_step(name: str) -> None:
-    model = net()
+    model = net_on_card()
     model.eval()  # BatchNorm's statistics would take the infinity in
     tuned, optimizer = tuned_net(name, model, lr=1e-3, capturable=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=8.0, growth_interval=1000)
     scaler.scale(torch.ones((), device="cuda"))  # makes the scale outside the capture
-    static = batch(0)
+    static = images(0)
 
     def iterate() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -160,7 +150,7 @@ def test_overflow_in_a_replay_skips_the_whole_step(name: str) -> None:
 
     graph = captured(iterate)
     for overflow in (False, True, False):
-        static.copy_(batch(1))
+        static.copy_(images(1))
         if overflow:
             static[0, 0, 0, 0] = torch.inf
         before = [p.detach().clone() for p in model.parameters()]
@@ -176,11 +166,11 @@ def test_overflow_in_a_replay_skips_the_whole_step(name: str) -> None:
 
 @EACH
 def test_a_capturable_step_does_not_wait_for_the_card(name: str) -> None:
-    model = net()
+    model = net_on_card()
     rate = torch.tensor(1e-3, device="cuda")
     _, optimizer = tuned_net(name, model, lr=rate, capturable=True)
     for step in range(3):
-        model(batch(step)).square().mean().backward()
+        model(images(step)).square().mean().backward()
         if step == 0:  # uploads the tables
             optimizer.step()
             continue
@@ -192,7 +182,7 @@ def test_a_capturable_step_does_not_wait_for_the_card(name: str) -> None:
 
 
 def test_two_graphs_and_ordinary_steps_share_one_optimizer() -> None:
-    models = [net(), net()]
+    models = [net_on_card(), net_on_card()]
     _, reference = tuned_net("momentum", models[0], lr=1e-3)
     tuned, optimizer = tuned_net("momentum", models[1], lr=1e-3, capturable=True)
     sets = [[torch.randn_like(p) for p in tuned.parameters()] for _ in range(3)]
@@ -218,7 +208,7 @@ def test_two_graphs_and_ordinary_steps_share_one_optimizer() -> None:
 
 @EACH
 def test_capture_without_a_step_before_is_refused(name: str) -> None:
-    model = net()
+    model = net_on_card()
     tuned, optimizer = tuned_net(name, model, lr=1e-3, capturable=True)
     for parameter in tuned.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -239,46 +229,33 @@ def test_capture_without_a_step_before_is_refused(name: str) -> None:
 )
 def test_states_of_torch_capturable_load_both_ways(make: Any, torch_make: Any) -> None:
     """Both go on alike, to rounding: torch takes the bias corrections in fp32."""
-    model = nn.ParameterList([torch.randn(300, 7)]).cuda()
-    tuned = ff.train_only(model, ff.random_mask(model, density=0.3, seed=0))
-    (values,) = tuned.parameters()
-    reference = nn.Parameter(values.detach().clone())
-    theirs = torch_make([reference], lr=1e-2, weight_decay=0.1, capturable=True)
-    ours = make(tuned.parameters(), capturable=True)
-    for step in range(6):
-        reference.grad = torch.randn_like(reference)
-        if step == 3:
-            ours.load_state_dict(theirs.state_dict())
-            with torch.no_grad():
-                values.copy_(reference)
-        if step >= 3:
-            values.grad = reference.grad.clone()
-            ours.step()
-        theirs.step()
+    values, reference, ours = going_on_from_torch(
+        make, torch_make, {"capturable": True}, capturable=True
+    )
     torch.testing.assert_close(values, reference, rtol=1e-5, atol=1e-6)
     assert ours.state[values]["step"].is_cuda
     back = torch_make([reference], capturable=True)
     back.load_state_dict(ours.state_dict())
     assert back.state[reference]["step"].is_cuda
     assert int(back.state[reference]["step"]) == 6
-    ordinary = make(tuned.parameters())
+    ordinary = make([values])
     ordinary.load_state_dict(ours.state_dict())
     assert not ordinary.state[values]["step"].is_cuda
 
 
 @pytest.mark.parametrize("make", [ff.AdamW, ff.SGD])
 def test_parameters_that_left_the_card_are_refused(make: Any) -> None:
-    model = net()
+    model = net_on_card()
     tuned = ff.train_only(model, ff.random_mask(model, density=0.3, seed=0))
     optimizer = make(tuned.parameters(), capturable=True)
     model.cpu()
-    model(batch(0).cpu()).square().mean().backward()
+    model(images(0).cpu()).square().mean().backward()
     with pytest.raises(ValueError, match="capturable must be False for parameters on cpu; got"):
         optimizer.step()
 
 
 def test_to_the_card_and_back_keeps_masters_and_their_bits() -> None:
-    model = net().cpu().bfloat16()
+    model = net_on_card().cpu().bfloat16()
     tuned = ff.train_only(model, ff.random_mask(model, density=0.3, seed=0))
     optimizer = ff.AdamW(tuned.parameters(), lr=1e-5)
     for where in ("cpu", "cuda", "cpu", "cuda"):
@@ -291,6 +268,6 @@ def test_to_the_card_and_back_keeps_masters_and_their_bits() -> None:
         state = copy.deepcopy(optimizer.state_dict())
         optimizer = ff.AdamW(tuned.parameters(), lr=1e-5)
         optimizer.load_state_dict(state)
-        model(batch(0).bfloat16().to(where)).float().square().mean().backward()
+        model(images(0).bfloat16().to(where)).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()

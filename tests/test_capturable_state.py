@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from capturable_runs import CASES, COUNTING, EACH, assert_alike, pair, series_of, warmed_up
-from copying import pickled
+from copying import pickled, through_a_file
 from simt.sparse_step_backend import BACKEND, SimulatedExtension
 from stepping import assert_state, same_bits, state_of, steps_of_ours
 
@@ -29,13 +29,11 @@ def test_states_load_both_ways_mid_run(
         runs = pair(case, dtype)
         tuned, optimizer = runs[2:] if part == 1 else runs[:2]
         if state:
-            torch.save(state, tmp_path / "state.pt")
-            state = torch.load(tmp_path / "state.pt", weights_only=True)
             tuned.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             assert optimizer.param_groups[0]["capturable"] is (part == 1)
         steps_of_ours(tuned, optimizer, series[2 * part : 2 * part + 2])
-        state = {"model": tuned.model.state_dict(), "optimizer": optimizer.state_dict()}
+        state = through_a_file(tuned, optimizer, tmp_path / "state.pt")
     assert_alike(tuned, optimizer, expected, reference)
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton_cpu import oracle, plain
 from triton_cpu.comparing import assert_close, random
 
+from fishfast import _backend
 from fishfast.fisher.engine import (
     accumulate,
     accumulate_conv,
@@ -34,7 +35,7 @@ IN_TORCH = accumulate  # `backend` changes what the name stands for
 def backend(request, monkeypatch):
     """Both modules under the name of the one, and every thread of the compiled one busy."""
     monkeypatch.setattr(sys.modules[__name__], "accumulate", request.param)
-    monkeypatch.setattr(accumulate_cpu, "_SERIAL", 1)
+    monkeypatch.setattr(_backend, "_START_OF_THREADS", 0)
 
 
 @pytest.fixture(params=["all-at-once", "a-few-at-a-time"])

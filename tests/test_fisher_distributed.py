@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from processes import enter_group, finish, start
 
 from fishfast.fisher import distributed
 from fishfast.fisher.distributed import all_reduce_, announce_failure
@@ -55,10 +56,7 @@ FAILED = "a failure"
 
 def run(rank, world_size, folder):
     """One process: what it got in each case, or the text of its error."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
-    )
+    enter_group(rank, world_size, folder)
     distributed._BUCKET = 48  # several messages, and pieces of one tensor in two of them
     messages = []
     inner = dist.all_reduce
@@ -89,16 +87,7 @@ def run(rank, world_size, folder):
 def group(request, tmp_path_factory):
     """The answers of every process, and where their scores are."""
     folder = tmp_path_factory.mktemp("group")
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=run, args=(rank, request.param, str(folder)))
-        for rank in range(request.param)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=100)
-        assert worker.exitcode == 0
+    finish(start(run, request.param, request.param, str(folder)))
     ranks = range(request.param)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in ranks], folder
 

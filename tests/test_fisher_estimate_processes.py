@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fisher_checks import assert_same_state, state_of
-from leaving import leave_group
 from models import classify, mlp
+from processes import enter_group, finish, leave_group, start
 from torch import nn
 
 import fishfast as ff
@@ -113,10 +113,7 @@ def the_model():
 
 def run(rank, folder):
     """One process: its results in files, its errors and what it found of itself in another."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
-    )
+    enter_group(rank, WORLD, folder)
     group, model = dist.group.WORLD, the_model()
     before = state_of(model)
     for name, options in cases(rank, folder).items():
@@ -149,15 +146,7 @@ def run(rank, folder):
 def group(tmp_path_factory):
     """Return where the processes have put what they found, and the rest of it by rank."""
     folder = tmp_path_factory.mktemp("group")
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=run, args=(rank, str(folder))) for rank in range(WORLD)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=150)
-        if worker.is_alive():
-            worker.terminate()
-        assert worker.exitcode == 0
+    finish(start(run, WORLD, str(folder)))
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -91,18 +91,29 @@ def test_gradient_of_an_embedding(name: str, style: str, dtype: torch.dtype, dev
 
 @pytest.mark.parametrize("name", ["linear", "linear, many samples", "gpt2"])
 def test_number_of_threads_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_grad, "_SERIAL", 1)
     make, x = CASES[name]
     layer = make()
     tuned = tuned_layer(layer, "few")
     found = []
     for threads in (1, 2, 3, 7):
-        monkeypatch.setattr(masked_grad._backend, "num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(masked_grad._backend, "num_threads", lambda _, threads=threads: threads)
         tuned.model.zero_grad()
         out = layer(x)
         out.backward(cotangent(out))
         found.append(next(tuned.parameters()).grad)
     assert all(same_bits(grad, found[0]) for grad in found)
+
+
+def test_int32_tokens_of_a_large_vocabulary() -> None:
+    """Their places in the weight pass 2**31."""
+    shape, token = (2**20, 4096), 600_000
+    grad = numbers(1, shape[1])
+    wanted = token * shape[1] + torch.arange(8192)  # more than the sums; half are the next token's
+    tokens = torch.tensor([token], dtype=torch.int32)
+    found = masked_grad.masked_grad(
+        "embedding", grad, tokens, wanted, None, None, None, [], shape, [-1]
+    )
+    assert same_bits(found, torch.cat([grad[0], torch.zeros(4096)]))
 
 
 def test_sums_over_many_entries_rows_and_blocks() -> None:

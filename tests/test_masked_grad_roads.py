@@ -15,6 +15,7 @@ from copying import pickled, pickled_with_protocol_0, saved_by_torch
 from masked_grad_cases import CASES, assert_gradient, cotangent, masked_entries, tuned_layer
 from stepping import mask_of, same_bits
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_only_modules import TOKENS, CalledTwice, Checkpointed, TiedNet, numbers
 from transformers.pytorch_utils import Conv1D
 
@@ -39,6 +40,10 @@ def deep() -> nn.Module:
 def convs() -> nn.Module:
     first = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
     return nn.Sequential(first, nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3, stride=2, groups=2))
+
+
+def smooth_convs() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1, groups=2))
 
 
 def frozen_between() -> nn.Module:
@@ -73,6 +78,7 @@ class TiedToAttention(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "deep": (deep, X),
     "convs": (convs, IMAGES),
+    "convs smooth": (smooth_convs, IMAGES),
     "frozen between": (frozen_between, X),
     "in place": (InPlace, TOKENS),
     "tied": (TiedNet, TOKENS),
@@ -119,6 +125,41 @@ def test_gradients_of_a_model(name: str, style: str) -> None:
     ff.train_only(model, weights_mask(model, style))
     model(data).square().sum().backward()
     assert_all(model, by_torch, exact)
+
+
+class Products(TorchDispatchMode):
+    """Counts the products of convolutions, and which gradients each of their backwards gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.asked.append(list(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_a_masked_bias_of_a_convolution(layer: type[nn.Module], batched: bool) -> None:
+    """Its gradient is summed here: torch's backward would compute a dense weight gradient too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(3, 20, 3), nn.ReLU(inplace=True), layer(20, 6, 2))
+    dims = model[0].weight.dim() - 2
+    data = numbers(*([4] if batched else []), 3, *[7] * dims)
+    by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
+    biases = {"0.bias": torch.arange(0, 20, 2, dtype=torch.int32), "2.bias": torch.arange(6)}
+    weights = weights_mask(model)
+    ff.train_only(model, mask_of(model, {**weights, **biases}))
+    with Products() as products:
+        model(data).square().sum().backward()
+    assert_all(model, by_torch, exact)
+    of_our_own = {"0.weight_values", "0.bias_values", "2.weight_values", "2.bias_values"}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == of_our_own
+    # The gradient of the first layer's output, then the rows of dW chunk by chunk: never a bias.
+    assert [True, False, False] in products.asked
+    assert not any(bias for *_, bias in products.asked)
 
 
 def test_a_convolution_with_plain_numbers() -> None:
@@ -304,6 +345,30 @@ def test_penalty_on_the_gradient_of_the_input(name: str, style: str) -> None:
     penalty(exact, data.double())
     ff.train_only(model, weights_mask(model, style))
     penalty(model, data)
+    assert_all(
+        model,
+        *({n: p.grad for n, p in other.named_parameters()} for other in (plain, exact)),
+    )
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", ["deep", "convs smooth"])
+def test_loss_of_higher_derivatives_of_the_input(name: str, order: int) -> None:
+    """As in physics-informed networks, whose loss holds second derivatives."""
+    model, data = built(name)
+
+    def derivatives(model: nn.Module, data: Tensor) -> None:
+        data = data.clone().requires_grad_()
+        out = model(data).square()
+        for _ in range(order):
+            (out,) = torch.autograd.grad(out.sum(), data, create_graph=True)
+        out.square().sum().backward()
+
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    derivatives(plain, data)
+    derivatives(exact, data.double())
+    ff.train_only(model, weights_mask(model, "all"))
+    derivatives(model, data)
     assert_all(
         model,
         *({n: p.grad for n, p in other.named_parameters()} for other in (plain, exact)),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from copying import through_a_file
 from stepping import (
     TORCH_ADAMW,
     TORCH_HAS_FMA,
@@ -61,9 +62,7 @@ def test_state_reloaded_mid_run(
         expected = steps_of_ours(uninterrupted, as_ours(uninterrupted), series)
         optimizer = first(before)
         steps_of_ours(before, optimizer, series[:3])
-        state = {"model": before.model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, tmp_path / "checkpoint.pt")
-        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        state = through_a_file(before, optimizer, tmp_path / "checkpoint.pt")
         after.model.load_state_dict(state["model"])
         resumed = second(after)
         if second is as_torch and dtype != torch.float32:  # our masters are what torch lacks
@@ -91,18 +90,17 @@ def test_full_mask_equals_torch_through_a_save_and_a_reload(
     dense = functools.partial(make, foreach=False, **options)
     expected = steps_of_torch(weights, indices, series, dense)
     ours: list[dict[str, torch.Tensor]] = []
+    state: dict[str, Any] = {}
     for part in range(2):
         tuned = tune(weights, indices)
         ours_of = getattr(ff, make.__name__)
         optimizer = ours_of(tuned.parameters(), backend=backend, **options)
-        if part == 1:
-            state = torch.load(tmp_path / "half.pt", weights_only=True)
+        if state:
             tuned.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         with CorrectSqrt():
             ours += steps_of_ours(tuned, optimizer, series[4 * part : 4 * part + 4])
-        state = {"model": tuned.model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, tmp_path / "half.pt")
+        state = through_a_file(tuned, optimizer, tmp_path / "half.pt")
     assert_same_history(ours, expected)  # weights, both moments and counts after every step
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from copying import through_a_file
 from stepping import (
     BACKENDS,
     CPU_CHUNK,
@@ -193,9 +194,7 @@ def test_state_reloaded_mid_run(
         expected = steps_of_ours(uninterrupted, as_ours(name, uninterrupted, **options), series)
         optimizer = first(name, before, **options)
         steps_of_ours(before, optimizer, series[:3])
-        state = {"model": before.model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, tmp_path / "checkpoint.pt")
-        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        state = through_a_file(before, optimizer, tmp_path / "checkpoint.pt")
         after.model.load_state_dict(state["model"])
         resumed = second(name, after)  # its options come with the state
         resumed.load_state_dict(state["optimizer"])

@@ -41,7 +41,7 @@ def test_backends_agree_bit_for_bit(make: Make) -> None:
 
 @MAKERS
 def test_threads_do_not_change_the_bits(make: Make) -> None:
-    # 20 pieces of csrc/cpu_step.h: enough that five threads are really started.
+    # 20 pieces of csrc/cpu_step.h, and five threads are really started.
     weights = random_tensors(17 * 16384 + 5, 3 * 16384)
     indices = [torch.arange(w.numel()) for w in weights]
     series = gradients_over_time(weights, steps=2)

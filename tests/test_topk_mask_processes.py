@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import VALUES
+from processes import enter_group, finish, start
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -149,10 +150,7 @@ BAD_PLACEMENTS = {"columns": Shard(1), "partial": Partial()}
 
 def run(rank, folder):
     """One of four processes: its masks in groups of the first 1, 2, 3 and 4."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4
-    )
+    enter_group(rank, 4, folder)
     groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
     sent = []
     for call in ("all_reduce", "all_gather"):
@@ -239,15 +237,7 @@ def count_bytes(call, sent):
 def answers(tmp_path_factory):
     """Return what each rank has found, sent and been refused."""
     folder = tmp_path_factory.mktemp("group")
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=run, args=(rank, str(folder))) for rank in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=150)
-        if worker.is_alive():
-            worker.terminate()
-        assert worker.exitcode == 0
+    finish(start(run, 4, str(folder)))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
 
 

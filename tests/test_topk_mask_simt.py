@@ -1,6 +1,6 @@
 """The shipped CUDA kernels csrc/topk_mask.cu, executed on the CPU, against numpy's stable sort.
 
-`tests/test_topk_mask.py` runs the whole API on them (``backend="simulated"``), and
+`tests/test_topk_mask*.py` run the whole API on them (``backend="simulated"``), and
 `tests/test_simt_kernels.py` the kernels under every schedule and sanitizer; here are the cases that
 only kernels have: chains of tiles, small grids and cards.
 """

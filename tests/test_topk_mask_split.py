@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 from cases import VALUES
+from topk_cases import BACKENDS
 
 import fishfast as ff
-
-# "simulated": the CUDA kernels and the Python above them, on CPU tensors.
-BACKENDS = ["cpu", "torch", "simulated"]
 
 
 def dealt_by_hand(scores, num_workers, each, kept=(), out=()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from leaving import leave_group
+from processes import enter_group, finish, leave_group, start
 from stepping import same_bits, state_of
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -59,10 +59,7 @@ def wrapped(model: nn.Module, sent: list[int]) -> nn.Module:
 
 
 def ddp_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    enter_group(rank, 2, folder)
     model, tuned = ddp_net()
     if rank == 1:  # the first rank's weights count
         with torch.no_grad():
@@ -79,10 +76,7 @@ def ddp_worker(rank: int, folder: str) -> None:
 
 def test_two_ddp_ranks_equal_one_process_on_the_joined_batch(tmp_path: Any) -> None:
     """Before a remask and, wrapped again, after it; k numbers a step are on the wire."""
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=ddp_worker, args=(r, str(tmp_path))) for r in range(2)]
-    for worker in workers:
-        worker.start()
+    workers = start(ddp_worker, 2, str(tmp_path))
     model, tuned = ddp_net()
     optimizer = ff.SGD(tuned.parameters(), lr=2.0**-10, momentum=0.5)
     counts = [tuned.num_selected]
@@ -90,9 +84,7 @@ def test_two_ddp_ranks_equal_one_process_on_the_joined_batch(tmp_path: Any) -> N
     remasked(tuned, optimizer)
     counts.append(tuned.num_selected)
     history += three_steps(model, model, optimizer, DDP_DATA, share=2)
-    for worker in workers:
-        worker.join(timeout=100)
-        assert worker.exitcode == 0
+    finish(workers)
     (first, sent), (second, also_sent) = (
         torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)
     )

@@ -14,7 +14,8 @@ from fishfast._files import PathLike
 from fishfast._names import match_names
 from fishfast.base_identity import BaseIdentity, Digest, structure_of
 from fishfast.checkpoints.files import Checkpoint, open_checkpoint
-from fishfast.delta import Delta, refuse_non_finite
+from fishfast.delta import Delta
+from fishfast.delta_file import refuse_non_finite
 from fishfast.mask import SparseMask, index_dtype
 from fishfast.stored_tensors import StoredTensor
 

@@ -12,6 +12,8 @@ from fishfast.topk_mask.checks import STORAGE, BadScore
 
 __all__ = ["CpuPasses"]
 
+_TIME = 1.0  # nanoseconds for reading a score
+
 
 class CpuPasses:
     """Reads the scores once per call, on threads.
@@ -24,7 +26,7 @@ class CpuPasses:
         self._scores = list(scores)
         self._passes = _backend.compiled().TopkPasses(
             [(score.data_ptr(), score.numel(), STORAGE[score.dtype]) for score in scores],
-            num_threads=_backend.num_threads(),
+            num_threads=_backend.num_threads(sum(score.numel() for score in scores) * _TIME),
         )
 
     def add_histogram(self, counts: Tensor, shift: int, prefix: int) -> None:

@@ -27,8 +27,7 @@ _SHORT = 64
 _SHORT_CONV, _FEW_CHANNELS = 4096, 8
 # fp32 values (4 MB) of a convolution's inputs and gradients that are copied at once.
 _HELD = 2**20
-# Multiplications that keep one thread busy for longer than a start of all takes.
-_SERIAL = 2**22
+_TIME = 0.025  # nanoseconds for a product
 
 
 def add_linear(
@@ -122,5 +121,5 @@ def _add(
         ends.data_ptr(),
         sizes=(*score.shape, len(starts), score.stride(0)),
         power=power,
-        num_threads=1 if score.numel() * len(grad[1]) < _SERIAL else _backend.num_threads(),
+        num_threads=_backend.num_threads(score.numel() * len(grad[1]) * _TIME),
     )

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.audit import Audit, audit
 from fishfast.fisher.engine.blame import blame
+from fishfast.fisher.engine.eager import checkpoints_not_reentrant, not_compiled
 from fishfast.fisher.engine.gradients import gradients
 from fishfast.fisher.engine.interception import (
     EAGER,
@@ -101,8 +98,8 @@ class Scorer:
         # intercepted on every device.
         device = next(iter(self.parameters.values())).device.type
         with (
-            _not_compiled(),
-            _checkpoints_not_reentrant(),
+            not_compiled(),
+            checkpoints_not_reentrant(),
             torch.enable_grad(),
             torch.autograd.set_multithreading_enabled(False),
             self.interception,
@@ -310,36 +307,3 @@ def _names(nodes: list[Any]) -> list[str]:
     """Return the names of all operands of these calls."""
     operands = [operand for node in nodes for operand in node.operands if operand is not None]
     return sorted({name for operand in operands for name in operand.names})
-
-
-def _not_compiled() -> contextlib.AbstractContextManager[Any]:
-    """Run compiled models eagerly: calls inside a compiled graph cannot be intercepted."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled; its import takes seconds
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
-_REPLACED = threading.Lock()
-_num_replacing = 0
-
-
-@contextlib.contextmanager
-def _checkpoints_not_reentrant() -> Iterator[None]:
-    """Run reentrant checkpoints as the other kind: same values, and a graph that can be audited."""
-    global _num_replacing
-    function = torch.utils.checkpoint.CheckpointFunction
-    again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-
-    def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return again(run, *args, preserve_rng_state=preserve_rng_state)
-
-    with _REPLACED:
-        _num_replacing += 1
-        function.apply = apply  # type: ignore[method-assign]  # shadows the inherited method
-    try:
-        yield
-    finally:
-        with _REPLACED:
-            _num_replacing -= 1
-            if _num_replacing == 0:  # not while another thread scores
-                del function.apply

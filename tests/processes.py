@@ -1,0 +1,47 @@
+"""The processes of a test: started, in one gloo group, ended."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def start(target: Callable[..., None], count: int, *arguments: Any) -> list[BaseProcess]:
+    """Start ``target(rank, *arguments)`` in a process for every rank."""
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=target, args=(rank, *arguments)) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    return workers
+
+
+def finish(workers: list[BaseProcess]) -> None:
+    """Wait for all, each of which must end well."""
+    for worker in workers:
+        worker.join(timeout=150)
+        if worker.is_alive():
+            worker.terminate()
+        assert worker.exitcode == 0
+
+
+def enter_group(rank: int, count: int, folder: str) -> None:
+    """Make this process one of ``count`` that meet in a folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count
+    )
+
+
+def leave_group() -> None:
+    """End this process, all others having come as far, without its destructors.
+
+    Gloo's threads may outlive ``destroy_process_group`` where torch still holds the group, as a DDP
+    model does, and now and then abort a process that is done.
+    """
+    dist.barrier()
+    os._exit(0)
