@@ -27,6 +27,8 @@ __all__ = [
     "raw_bytes",
     "read_checked",
     "refuse_damaged",
+    "refuse_no_file",
+    "refuse_unwritable",
     "replace_file",
     "write_atomically",
     "write_text_atomically",
@@ -42,8 +44,9 @@ def write_atomically(
 ) -> None:
     """Write a safetensors file so that a kill at any moment leaves the old file or the new one.
 
-    Temporary file in the same folder, fsync, rename over the target, fsync of the folder. A link is
-    followed, and an existing file's mode is kept. A kill may leave the temporary file behind.
+    The same tensors and metadata give the same bytes. Temporary file in the same folder, fsync,
+    rename over the target, fsync of the folder. A link is followed, and an existing file's mode is
+    kept. A kill may leave the temporary file behind.
 
     Args:
         path: target; its folder must exist.
@@ -69,6 +72,20 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's entries in order: the library's own differs from one call to the next."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise RuntimeError(f"the header of {path} takes {len(text)} bytes instead of {length}")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def write_text_atomically(path: PathLike, text: str) -> None:
@@ -94,19 +111,15 @@ def replace_file(path: PathLike, write: Callable[[Path], object]) -> None:
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: the system refuses.
         ValueError: the target exists and is no regular file.
     """
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{os.fspath(path)!r} must be a regular file or not exist")
-    temporary = target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
+    target = _file_target(path)
+    temporary = _beside(target)
     try:
-        # Created here to learn the mode that the umask gives; the library's own is 0600.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
-        with _naming_where_full(path):
+        with _naming(path, temporary):
+            _create(temporary)
+            mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
             write(temporary)
         os.chmod(temporary, mode)
         _fsync(temporary, os.O_RDWR)
@@ -116,6 +129,43 @@ def replace_file(path: PathLike, write: Callable[[Path], object]) -> None:
             os.unlink(temporary)
         raise
     _fsync(target.parent, os.O_RDONLY)
+
+
+def refuse_unwritable(path: PathLike) -> None:
+    """Refuse a file that `replace_file` could not put there, before the work that it is for.
+
+    Args:
+        path: target; it stays as it is.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: the system refuses.
+        ValueError: the target exists and is no regular file.
+    """
+    temporary = _beside(_file_target(path))
+    with _naming(path, temporary):
+        _create(temporary)
+        os.unlink(temporary)
+
+
+def _file_target(path: PathLike) -> Path:
+    """Return where a file goes, links followed; refuse what has no folder or is no file."""
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(target).st_mode):  # an OSError too where the name is too long
+            raise ValueError(f"{os.fspath(path)!r} must be a regular file or not exist")
+    return target
+
+
+def _beside(target: Path) -> Path:
+    return target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
+
+
+def _create(path: Path) -> None:
+    """Create an empty file with the mode that the umask gives; the library's own is 0600."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
@@ -128,16 +178,18 @@ def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
     Raises:
         FileNotFoundError: the parent does not exist.
         FileExistsError: the target is there and not an empty folder.
+        OSError: the system refuses.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{os.fspath(path)!r} must not exist yet, or be an empty folder")
-    temporary = target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
-    temporary.mkdir()
+    temporary = _beside(target)
+    with _naming(path, temporary):
+        temporary.mkdir()
     try:
-        with _naming_where_full(path):
+        with _naming(path, temporary):
             write(temporary)
         for place in sorted(temporary.rglob("*")):
             _fsync(place, os.O_RDONLY)
@@ -150,12 +202,19 @@ def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _naming_where_full(path: PathLike) -> Iterator[None]:
-    """Say which file a full disk has no room for; a failed write does not."""
+def _naming(path: PathLike, temporary: Path) -> Iterator[None]:
+    """Name the target where the system refuses.
+
+    It would name the temporary file, which its user does not know, or, where the disk is full, no
+    file at all.
+
+    Raises:
+        OSError: the system's own, with the other name.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in _FULL or error.filename == str(temporary):
             error.filename = os.fspath(path)
         raise
 
@@ -224,6 +283,7 @@ def read_checked(
         ValueError: not a safetensors file, another format, a newer version, or a name that occurs
             twice in its header.
     """
+    refuse_no_file(path)
     _refuse_duplicate_names(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
@@ -232,6 +292,20 @@ def read_checked(
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+
+
+def refuse_no_file(path: PathLike) -> None:
+    """Refuse to read a folder, device or pipe: safetensors cannot map it, and its opening may hang.
+
+    Args:
+        path: what to read.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: it is no regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{os.fspath(path)!r} must be a regular file")
 
 
 def check_format(path: PathLike, metadata: Mapping[str, str], kind: str, version: int) -> None:
