@@ -15,7 +15,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fishfast._files import PathLike, read_checked, refuse_damaged, write_atomically
+from fishfast._files import PathLike
+from fishfast._safetensors import read_checked, refuse_damaged, write_atomically
 
 __all__ = ["SparseMask"]
 

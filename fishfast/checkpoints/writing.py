@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fishfast._files import raw_bytes
+from fishfast._safetensors import raw_bytes
 from fishfast.stored_tensors import DTYPES
 
 __all__ = ["Entry", "write_tensors"]
