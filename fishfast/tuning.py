@@ -230,8 +230,9 @@ class SparseTuning:
                 values were not written into the weights. Nothing was changed.
 
         Note:
-            A mask with weights that no mask had before costs two hashes of the model (about 1 GB/s
-            a core), so that deltas still name the base.
+            ``"restore"`` costs a hash of the model (about 1 GB/s a core), so that no other base's
+            values are put back; a mask with weights that no mask had before costs two, so that
+            deltas still name the base.
 
         Example:
             >>> import torch, fishfast as ff
@@ -268,14 +269,16 @@ class SparseTuning:
             raise RuntimeError(
                 "weights outside the mask changed since train_only, so the delta would not give "
                 "this model again; put what else is trained into the mask (keep=), or, if another "
-                "base checkpoint was loaded, call tuned.rebase() right after loading it"
+                "base checkpoint was loaded or DistributedDataParallel sent another rank's weights "
+                "here, call tuned.rebase() right after"
             )
         return now
 
     def rebase(self) -> None:
         """Take the model's present state as the base that deltas name.
 
-        Call it after loading another base checkpoint into a tuned model, before training goes on.
+        Call it after loading another base checkpoint into a tuned model, or wrapping in
+        DistributedDataParallel one whose weights were not those of rank 0; before training goes on.
         """
         self.base = BaseIdentity.of(self.model, self.mask)
         self.trained_mask, self.base_values = self.mask, selected_values(self.model, self.mask)
@@ -288,18 +291,22 @@ class SparseTuning:
             The model with its trained weights in place and requires_grad as before `train_only`.
         """
         held = list(self.parameters())
-        flags = {p: p.requires_grad for p in self.model.parameters() if p not in set(held)}
+        flags = {
+            name: p.requires_grad
+            for name, p in self.model.named_parameters(remove_duplicate=False)
+            if not isinstance(p, CompactParameter)
+        }
         try:
             yield SparseTuning.release(self)  # not what a subclass adds
         finally:
             for parameter in held:
                 tap(parameter.target, parameter)
-            for weight, flag in flags.items():
-                weight.requires_grad_(flag)
+            for name, weight in self.model.named_parameters(remove_duplicate=False):
+                weight.requires_grad_(flags.get(name, weight.requires_grad))
 
     def release(self) -> nn.Module:
         """Give the plain module back: trained weights in place, requires_grad as it was."""
         untap(self.model)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(self._trainable.get(name, parameter.requires_grad))
         return self.model
