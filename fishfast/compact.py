@@ -138,7 +138,7 @@ class _TappedModule(nn.Module):
         reduced: Any = super().__reduce_ex__(max(2, protocol))  # 0 and 1 would name the class
         function, args, *rest = reduced
         if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
-            return _rebuild_module, (_base_class(self), tuple(self._masked)), *rest
+            return _rebuild_module, (_plain_class(self), tuple(self._masked)), *rest
         return function, args, *rest
 
 
@@ -166,12 +166,39 @@ def _tapped_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     )
 
 
-def _base_class(module: nn.Module) -> type[nn.Module]:
-    return type(module).__mro__[2]  # tapped class, _TappedModule, the module's own class
+def _tapped_below(module: nn.Module) -> Any:
+    """Return a module's tapped class, which a later parametrization has put another one upon."""
+    return next(cls for cls in type(module).__mro__ if _TappedModule in cls.__bases__)
 
 
-def _rebuild_module(base: Any, names: tuple[str, ...]) -> nn.Module:
-    cls = _tapped_class(base, names)
+def _plain_class(module: nn.Module) -> Any:
+    tapped = _tapped_below(module)
+    return _rebased(type(module), tapped, tapped.__bases__[1])
+
+
+def _masked_class(cls: Any, names: tuple[str, ...]) -> Any:
+    """Return a plain class with the tap, below torch's class of a module with parametrizations.
+
+    torch takes a parametrization off the topmost class and expects that to be its own.
+    """
+    base = next(c for c in cls.__mro__ if c.__module__ != nn.utils.parametrize.__name__)
+    return _rebased(cls, base, _tapped_class(base, names))
+
+
+def _rebased(cls: Any, below: type, other: type) -> Any:
+    """Return a class like this one, but derived from another in the place of one below it."""
+    if cls is below:
+        return other
+    bases = tuple(_rebased(b, below, other) if issubclass(b, below) else b for b in cls.__bases__)
+    own = {name: found for name, found in vars(cls).items() if name not in _MADE_BY_TYPE}
+    return type(cls)(cls.__name__, bases, own)
+
+
+_MADE_BY_TYPE = ("__dict__", "__weakref__")
+
+
+def _rebuild_module(plain: Any, names: tuple[str, ...]) -> nn.Module:
+    cls = _masked_class(plain, names)
     return cls.__new__(cls)
 
 
@@ -190,10 +217,10 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
         target.mark_seen(target.weight())
     for module, name in target.owners:
         tapped = isinstance(module, _TappedModule)
-        base: Any = _base_class(module) if tapped else type(module)
+        plain = _plain_class(module) if tapped else type(module)
         masked: dict[str, Target] = module._masked if tapped else {}  # type: ignore[assignment]
         masked[name] = target
-        module.__class__ = _tapped_class(base, tuple(masked))
+        module.__class__ = _masked_class(plain, tuple(masked))
         module._masked = masked  # type: ignore[assignment]
         module.register_parameter(name + VALUES_SUFFIX, values)
     target.move(target.indices.device)
@@ -202,12 +229,13 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
 
 def untap(model: nn.Module) -> None:
     """Give every module its own class back and drop the compact parameters."""
-    for module in model.modules():
-        if isinstance(module, _TappedModule):
-            for name in module._masked:
-                module._parameters.pop(name + VALUES_SUFFIX, None)
-            module.__class__ = _base_class(module)  # type: ignore[assignment]
-            del module._masked
+    tapped = [module for module in model.modules() if isinstance(module, _TappedModule)]
+    plain = [_plain_class(module) for module in tapped]  # all before anything is changed
+    for module, cls in zip(tapped, plain, strict=True):
+        for name in module._masked:
+            module._parameters.pop(name + VALUES_SUFFIX, None)
+        module.__class__ = cls
+        del module._masked
 
 
 def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from stepping import assert_state, mask_of
-from torch import nn
+from stepping import assert_state, mask_of, state_of
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from train_only_net import tuned_net
 
 import fishfast as ff
@@ -86,3 +88,69 @@ def test_weights_assigned_to_the_lent_model_stay_frozen() -> None:
             plain.again.weight = plain.first.weight
     trained = [name for name, p in tuned.model.named_parameters() if p.requires_grad]
     assert trained == [name for name, _ in tuned.named_parameters()]
+
+
+class Double(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * 2
+
+
+@pytest.mark.parametrize("what", ["release", "remask", "released", "removed"])
+@pytest.mark.parametrize("first", ["masked", "parametrized"])
+def test_another_parameter_of_a_masked_layer_is_parametrized(first: str, what: str) -> None:
+    """Torch puts a class of its own upon the layer's, before or after ours."""
+    model, twin = two_layers(), two_layers()
+    parametrize.register_parametrization(twin[0], "bias", Double())
+    if first == "parametrized":
+        parametrize.register_parametrization(model[0], "bias", Double())
+    tuned = ff.train_only(model, chosen(model, first_weight=[0, 3], second_weight=[1]))
+    if first == "masked":
+        parametrize.register_parametrization(model[0], "bias", Double())
+    if what == "remask":
+        with tuned.released() as plain:
+            mask = chosen(plain, first_weight=[3])
+        if first == "masked":  # the base had other names
+            with pytest.raises(RuntimeError, match="shapes or ties changed since train_only"):
+                tuned.remask(mask)
+        else:
+            tuned.remask(mask)
+    if what == "released":
+        with tuned.released():
+            pass
+    if what == "removed":
+        for layer in (model[0], twin[0]):
+            parametrize.remove_parametrizations(layer, "bias")
+        assert type(twin[0]) is nn.Linear
+    x = torch.ones(2, 4)
+    model(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    values = next(tuned.parameters())
+    chosen_now = tuned.mask["0.weight"].long()
+    assert torch.allclose(values.grad, twin[0].weight.grad.flatten()[chosen_now])
+    ff.SGD(tuned.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        trained = model(x)
+        tuned.release()
+        assert torch.equal(model(x), trained)
+    assert [c.__name__ for c in type(model[0]).__mro__] == [
+        c.__name__ for c in type(twin[0]).__mro__
+    ]
+    if what != "removed":
+        parametrize.remove_parametrizations(model[0], "bias")
+    assert type(model[0]) is nn.Linear
+    assert [name for name, _ in model[0].named_parameters()] == ["weight", "bias"]
+
+
+def test_copy_of_a_parametrized_masked_layer_trains_alone() -> None:
+    model = two_layers()
+    tuned = ff.train_only(model, chosen(model, first_weight=[0, 3]))
+    parametrize.register_parametrization(model[0], "bias", Double())
+    before = state_of(model)
+    copied = copy.deepcopy(tuned)
+    copied.model(torch.ones(2, 4)).sum().backward()
+    ff.SGD(copied.parameters(), lr=1.0).step()
+    copied.release()
+    assert_state(model, before)
+    assert not torch.equal(copied.model[0].weight, before["0.weight"])
+    model(torch.ones(2, 4)).sum().backward()
+    assert next(tuned.parameters()).grad is not None
