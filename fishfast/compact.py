@@ -82,10 +82,32 @@ def _rebuild_compact(values: Tensor, requires_grad: bool) -> CompactParameter:
     return CompactParameter(values, None, requires_grad)
 
 
+_SHARDED = "a tuned model cannot be sharded: fully_shard replaces its parameters; use DDP"
+
+
 class _TappedModule(nn.Module):
     """What a module with masked weights does differently. Mixed in before the module's class."""
 
     _masked: dict[str, Target]  # parameter name -> target
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Keep masked weights from ``module.weight = None``."""
+        if param is None and name in self._masked:
+            raise RuntimeError(
+                f"the masked parameter {name!r} of {type(self).__name__} must be a tensor; got "
+                "None; release() before taking it away"
+            )
+        super().register_parameter(name, param)
+
+    def refuse_replaced(self) -> None:
+        """Refuse values that are no compact parameters any more."""
+        for name in self._masked:
+            values = self._parameters.get(name + VALUES_SUFFIX)
+            if values is not None and not isinstance(values, CompactParameter):
+                raise RuntimeError(
+                    f"the trained values of {name!r} of {type(self).__name__} must be a compact "
+                    f"parameter; got a {type(values).__name__} in its place ({_SHARDED})"
+                )
 
     def _without_compact(self, call: Callable[[], Any]) -> Any:
         """Run something that must see the base parameters only."""
@@ -240,13 +262,31 @@ def untap(model: nn.Module) -> None:
 
 def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter]]:
     """Yield (name, parameter) for each compact parameter of a model, each once."""
+    for module in model.modules():
+        if isinstance(module, _TappedModule):
+            module.refuse_replaced()
     for name, parameter in model.named_parameters():
         if isinstance(parameter, CompactParameter):
             yield name, parameter
 
 
 def refuse_retired(parameters: Iterable[Tensor]) -> None:
-    """Refuse values that another mask replaced; without a gradient they would go unnoticed."""
+    """Refuse values that the model does not train any more.
+
+    Raises:
+        RuntimeError: another mask replaced them, the model was released, or its parameters were
+            replaced. Without a gradient that would go unnoticed.
+    """
     for parameter in parameters:
-        if isinstance(parameter, CompactParameter) and parameter.target.retired:
+        if not isinstance(parameter, CompactParameter):
+            continue
+        if parameter.target.retired:
             parameter.target.weight()  # raises
+        module, name = parameter.target.owners[0]
+        if module._parameters.get(name + VALUES_SUFFIX) is not parameter:
+            raise RuntimeError(
+                f"parameters must be those that the model trains; its {type(module).__name__} does "
+                f"not hold the values of {name!r} any more: after tuned.release() nothing is left "
+                "to train; call train_only again and make a new optimizer from its parameters "
+                f"({_SHARDED})"
+            )

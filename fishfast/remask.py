@@ -15,7 +15,7 @@ from fishfast.compact import CompactParameter, tap, untap
 from fishfast.compact_target import Target
 from fishfast.mask import SparseMask
 from fishfast.masters import parameters_in_order
-from fishfast.targets import find_targets, selected_values
+from fishfast.targets import find_targets, refuse_later_ties, selected_values
 from fishfast.tuning import SparseTuning
 
 __all__ = ["remask"]
@@ -51,6 +51,7 @@ def remask(
     model, olds = tuned.model, list(tuned.parameters())
     if not olds:
         raise RuntimeError("the model has no mask now; leave the released() block first")
+    refuse_later_ties(model)
     mask.check_fits(model)
     targets = find_targets(model, mask)
     _refuse_unwritten(tuned)

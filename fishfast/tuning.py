@@ -22,7 +22,7 @@ from fishfast.compact import (
 )
 from fishfast.mask import SparseMask
 from fishfast.masters import add_masters, parameters_in_order, take_masters
-from fishfast.targets import selected_values
+from fishfast.targets import refuse_later_ties, selected_values
 
 __all__ = ["Attachment", "SparseTuning"]
 
@@ -80,7 +80,11 @@ class SparseTuning:
 
         On ``rows`` (linear, convolution and embedding layers) no dense gradient is made; on the
         ``tap`` it lives for a moment. A weight of several modules may have both.
+
+        Raises:
+            RuntimeError: a weight was tied or untied after `train_only`.
         """
+        refuse_later_ties(self.model)
         rows = [
             (
                 name.removesuffix(VALUES_SUFFIX), str(p.target.weight().dtype), f"{len(p):,}",
@@ -259,6 +263,7 @@ class SparseTuning:
             RuntimeError: names, shapes, dtypes or ties, or weights outside all masks so far, are
                 not those of the base.
         """
+        refuse_later_ties(self.model)
         now = BaseIdentity.of(self.model, self.trained_mask)
         if (now.structure, now.ties) != (self.base.structure, self.base.ties):
             raise RuntimeError(
@@ -279,7 +284,11 @@ class SparseTuning:
 
         Call it after loading another base checkpoint into a tuned model, or wrapping in
         DistributedDataParallel one whose weights were not those of rank 0; before training goes on.
+
+        Raises:
+            RuntimeError: a weight was tied or untied after `train_only`. Nothing was changed.
         """
+        refuse_later_ties(self.model)
         self.base = BaseIdentity.of(self.model, self.mask)
         self.trained_mask, self.base_values = self.mask, selected_values(self.model, self.mask)
 
@@ -305,7 +314,11 @@ class SparseTuning:
                 weight.requires_grad_(flags.get(name, weight.requires_grad))
 
     def release(self) -> nn.Module:
-        """Give the plain module back: trained weights in place, requires_grad as it was."""
+        """Give the plain module back: trained weights in place, requires_grad as it was.
+
+        Returns:
+            The model. Its optimizer refuses to step from here on, fishfast's or an attached one.
+        """
         untap(self.model)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(self._trainable.get(name, parameter.requires_grad))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from stepping import assert_state, mask_of, state_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from train_only_net import tuned_net
+from train_only_modules import TiedNet
+from train_only_net import train, tuned_net
 
 import fishfast as ff
 
@@ -154,3 +157,86 @@ def test_copy_of_a_parametrized_masked_layer_trains_alone() -> None:
     assert not torch.equal(copied.model[0].weight, before["0.weight"])
     model(torch.ones(2, 4)).sum().backward()
     assert next(tuned.parameters()).grad is not None
+
+
+def test_a_tie_made_later_is_named(tmp_path: Path) -> None:
+    """The new owner is a plain module, so its part of the gradient has no way to the values."""
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    mask = mask_of(model, {"embed.weight": torch.arange(20)})
+    tuned = ff.train_only(model, mask)
+    before = tuned.report()
+    own = model.head.weight
+    with torch.no_grad():
+        model.head.weight = model.embed.weight
+    base, union = tuned.base, tuned.trained_mask
+    calls: list[Callable[[], Any]] = [
+        tuned.report,
+        tuned.rebase,
+        tuned.identify,
+        lambda: tuned.remask(mask),
+        lambda: ff.save_delta(tuned, tmp_path / "d"),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"'head\.weight' was tied to 'embed\.weight'"):
+            call()
+    assert tuned.base is base
+    assert tuned.trained_mask is union
+    model.head.weight = own
+    assert tuned.report() == before
+
+
+def test_weights_tied_again_are_no_new_tie() -> None:
+    model = TiedNet()
+    tuned = ff.train_only(model, mask_of(model, {"embed.weight": torch.arange(9)}))
+    with torch.no_grad():
+        model.head.weight = model.embed.weight
+    assert "embed.weight" in tuned.report()
+    tuned.rebase()
+
+
+@pytest.mark.parametrize("make", ["fishfast", "attached"])
+def test_no_step_of_a_released_model(make: str) -> None:
+    tuned = tuned_net()
+    model = tuned.model
+    if make == "attached":
+        optimizer: Any = torch.optim.SGD(tuned.parameters(), lr=0.1)
+        tuned.attach(optimizer)
+    else:
+        optimizer = ff.SGD(tuned.parameters(), lr=0.1)
+    train(model, optimizer)
+    with tuned.released():
+        pass
+    train(model, optimizer)
+    tuned.release()
+    before = state_of(model)
+    for again in (False, True):
+        if again:  # by another handle
+            ff.train_only(model, tuned.mask)
+        with pytest.raises(RuntimeError, match="nothing is left to train; call train_only again"):
+            optimizer.step()
+        assert_state(model, before)
+    optimizer.state_dict()  # a checkpoint of it can still be saved
+
+
+def test_a_masked_weight_is_not_set_to_none() -> None:
+    model = two_layers()
+    tuned = ff.train_only(model, chosen(model, first_weight=[0]))
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="'weight' of Linear must be a tensor; got None; rele"):
+        model[0].weight = None
+    assert_state(model, before)
+    model[0].bias = None  # which has no mask
+    model(torch.ones(1, 4)).sum().backward()
+    assert next(tuned.parameters()).grad is not None
+
+
+def test_values_that_were_replaced_are_named() -> None:
+    """As fully_shard does: DTensors in the place of all parameters."""
+    model = two_layers()
+    tuned = ff.train_only(model, chosen(model, first_weight=[0]))
+    optimizer = ff.SGD(tuned.parameters(), lr=0.1)
+    model[0]._parameters["weight_values"] = nn.Parameter(torch.zeros(1))
+    with pytest.raises(RuntimeError, match="must be a compact parameter; got a Parameter in its"):
+        list(tuned.parameters())
+    with pytest.raises(RuntimeError, match=r"any more.*cannot be sharded: fully_shard replaces"):
+        optimizer.step()
