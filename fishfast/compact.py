@@ -99,16 +99,6 @@ class _TappedModule(nn.Module):
             )
         super().register_parameter(name, param)
 
-    def refuse_replaced(self) -> None:
-        """Refuse values that are no compact parameters any more."""
-        for name in self._masked:
-            values = self._parameters.get(name + VALUES_SUFFIX)
-            if values is not None and not isinstance(values, CompactParameter):
-                raise RuntimeError(
-                    f"the trained values of {name!r} of {type(self).__name__} must be a compact "
-                    f"parameter; got a {type(values).__name__} in its place ({_SHARDED})"
-                )
-
     def _without_compact(self, call: Callable[[], Any]) -> Any:
         """Run something that must see the base parameters only."""
         names = [name + VALUES_SUFFIX for name in self._masked]
@@ -261,13 +251,26 @@ def untap(model: nn.Module) -> None:
 
 
 def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter]]:
-    """Yield (name, parameter) for each compact parameter of a model, each once."""
-    for module in model.modules():
-        if isinstance(module, _TappedModule):
-            module.refuse_replaced()
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, CompactParameter):
-            yield name, parameter
+    """Yield (name, parameter) for each compact parameter of a model, each once.
+
+    Raises:
+        RuntimeError: something else is in the place of one.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        if not isinstance(module, _TappedModule):
+            continue
+        expected = {name + VALUES_SUFFIX for name in module._masked}
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, CompactParameter):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{prefix}.{name}" if prefix else name, parameter
+            elif name in expected and parameter is not None:
+                raise RuntimeError(
+                    f"the trained {name!r} of {type(module).__name__} must be a compact parameter; "
+                    f"got a {type(parameter).__name__} in its place ({_SHARDED})"
+                )
 
 
 def refuse_retired(parameters: Iterable[Tensor]) -> None:

@@ -267,8 +267,8 @@ class SparseTuning:
         now = BaseIdentity.of(self.model, self.trained_mask)
         if (now.structure, now.ties) != (self.base.structure, self.base.ties):
             raise RuntimeError(
-                "the model's dtypes, shapes or ties changed since train_only, so the delta would "
-                "fit no base; convert the model before train_only"
+                "the model's names, dtypes, shapes or ties changed since train_only, so the delta "
+                "would fit no base; convert the model before train_only"
             )
         if now.weights != self.base.weights:
             raise RuntimeError(
