@@ -202,11 +202,9 @@ def _rebased(cls: Any, below: type, other: type) -> Any:
     if cls is below:
         return other
     bases = tuple(_rebased(b, below, other) if issubclass(b, below) else b for b in cls.__bases__)
-    own = {name: found for name, found in vars(cls).items() if name not in _MADE_BY_TYPE}
+    made_anew = ("__dict__", "__weakref__")  # by type() for every class
+    own = {name: found for name, found in vars(cls).items() if name not in made_anew}
     return type(cls)(cls.__name__, bases, own)
-
-
-_MADE_BY_TYPE = ("__dict__", "__weakref__")
 
 
 def _rebuild_module(plain: Any, names: tuple[str, ...]) -> nn.Module:
