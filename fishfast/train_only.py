@@ -63,7 +63,9 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
     targets = find_targets(model, mask)
     base = BaseIdentity.of(model, mask)
 
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    trainable = {
+        name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
+    }
     frozen = list(model.parameters())
     try:
         for target in targets:
