@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from fisher_baselines import Unavailable, why
+from harness import Unavailable, why
 from torch import Tensor, nn
 
 import fishfast as ff

@@ -25,20 +25,28 @@ from fisher_baselines import (
     CONTENDERS,
     FLOOR,
     Run,
-    Unavailable,
     check,
     forward_backward,
     prepare,
     version_of,
 )
-from fisher_models import WORKLOADS, Workload, load
-from harness import compare, devices, full_size, peak_bytes, short_set, skip, synchronized
+from fisher_models import Workload, load, names
+from harness import (
+    Unavailable,
+    compare,
+    count_flops,
+    devices,
+    full_size,
+    peak_bytes,
+    short_set,
+    skip,
+)
 
 _SECONDS = (2.0 if short_set() else 5.0) if full_size() else 0.1
 
 
 @pytest.mark.parametrize("contender", [FLOOR, *CONTENDERS])
-@pytest.mark.parametrize("model", WORKLOADS)
+@pytest.mark.parametrize("model", names(devices()[0]))
 @pytest.mark.parametrize("device", devices(), ids=str)
 def bench_scoring(benchmark: Any, contender: str, model: str, device: torch.device) -> None:
     """Time one way to score one model."""
@@ -49,37 +57,41 @@ def bench_scoring(benchmark: Any, contender: str, model: str, device: torch.devi
     score_and_record(benchmark, contender, workload)
 
 
-def score_and_record(benchmark: Any, contender: str, workload: Workload) -> None:
+def score_and_record(
+    benchmark: Any, contender: str, workload: Workload, seconds: float = _SECONDS
+) -> None:
     """Check a contender, then measure it, print its line and put it into the JSON.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         contender: `FLOOR` or one of `CONTENDERS`.
         workload: what is scored.
+        seconds: about how long to measure, beyond the fewest repeats.
 
     Raises:
         WrongScores: its scores, or fishfast's, are not those of a loop.
     """
-    fishfast = _timed_fishfast(workload)  # no ratio to wrong scores either
-    if contender in CONTENDERS and CONTENDERS[contender].peer:
+    fishfast = _timed_fishfast(workload, seconds)  # no ratio to wrong scores either
+    if contender != "fishfast":  # no other batch changes what it costs per sample
         workload = workload.head
     try:
-        timed = fishfast if contender == "fishfast" else _timed(contender, workload)
+        timed = fishfast if contender == "fishfast" else _timed(contender, workload, seconds)
     except Unavailable as reason:
         skip(str(reason), contender, case=workload.title, version=version_of(contender))
     timing, device = timed.timing, workload.device
     per_sample = timing["median_us"] / workload.num_samples
-    peak = _bytes_at_rest(workload) + peak_bytes(timed.run, device)
-    benchmark.pedantic(synchronized(timed.run, device), rounds=1)
+    held = benchmark.pedantic(peak_bytes, args=(timed.run, device), rounds=1)
+    peak = _bytes_at_rest(workload) + held
     figures = {
         "us_per_sample": per_sample,
         "percent_of_floor": 100 / timing["times_floor"],
         "times_fishfast": timing["times_floor"] / fishfast.timing["times_floor"],
         "peak_bytes": peak,
         "minimum_bytes": _minimum_bytes(workload.head),
+        **_counted(workload, timing["median_us"]),
     }
     if contender == "fishfast":
-        figures["times_floor_further"] = _times_floor_further(workload, timing)
+        figures["times_floor_further"] = _times_floor_further(workload, timing, seconds)
     benchmark.extra_info.update(
         timing,
         **figures,
@@ -96,7 +108,7 @@ def score_and_record(benchmark: Any, contender: str, workload: Workload) -> None
         f"{contender:<24} {workload.title:<34} "
         f"{per_sample / 1e3:>10.3f} ms/sample  {timing['times_floor']:>7.2f} x floor  "
         f"{figures['times_fishfast']:>7.2f} x fishfast  {peak / 2**20:>9.1f} MiB  "
-        f"{peak / figures['minimum_bytes']:>6.2f} x minimum"
+        f"{peak / figures['minimum_bytes']:>6.2f} x minimum  {figures['tflop_per_s']:.3f} TFLOP/s"
         + (
             f"  {figures['times_floor_further']:>6.2f} x floor per further batch"
             if contender == "fishfast"
@@ -114,31 +126,46 @@ class _Timed:
     timing: dict[str, float]
 
 
-def _timed(contender: str, workload: Workload) -> _Timed:
+def _timed(contender: str, workload: Workload, seconds: float) -> _Timed:
     floor = forward_backward(workload)
     run, scores = (floor, floor()) if contender == FLOOR else prepare(contender, workload)
     error = check(contender, workload, scores)
     del scores
-    return _Timed(run, error, compare(run, floor, workload.device, _SECONDS))
+    return _Timed(run, error, compare(run, floor, workload.device, seconds))
 
 
 @functools.lru_cache(maxsize=1)
-def _timed_fishfast(workload: Workload) -> _Timed:
-    return _timed("fishfast", workload)
+def _timed_fishfast(workload: Workload, seconds: float) -> _Timed:
+    return _timed("fishfast", workload, seconds)
 
 
-def _times_floor_further(workload: Workload, timing: dict[str, float]) -> float:
+def _times_floor_further(workload: Workload, timing: dict[str, float], seconds: float) -> float:
     """Return what a batch costs after the first one, which is searched for its samples too."""
     count = len(workload.batches)
-    first = _timed("fishfast", workload.head).timing["times_floor"]
+    first = _timed("fishfast", workload.head, seconds).timing["times_floor"]
     return (count * timing["times_floor"] - first) / (count - 1)
+
+
+def _counted(workload: Workload, us: float) -> dict[str, float]:
+    """Return the floor's FLOPs, and what must move: weights twice a batch, scores once."""
+    count = len(workload.batches)
+    weights = sum(p.nbytes for p in workload.model.parameters())
+    scores = 4 * sum(p.numel() for p in workload.model.parameters())
+    flops, num_bytes = count * _flops(workload.head), 2 * count * weights + scores
+    return {"bytes": num_bytes, "gb_per_s": num_bytes / us / 1e3,
+            "flops": flops, "tflop_per_s": flops / us / 1e6}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=2)  # a workload's head and its own
+def _flops(head: Workload) -> int:
+    return count_flops(forward_backward(head))
 
 
 def _bytes_at_rest(workload: Workload) -> int:
     return sum(t.nbytes for t in [*workload.model.parameters(), *workload.model.buffers()])
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _minimum_bytes(workload: Workload) -> int:
     """Return the bytes of weights, fp32 scores, and the peak of the first batch's forward."""
 

@@ -22,9 +22,8 @@ from typing import Any
 import pytest
 import torch
 from adam_contenders import CONTENDERS, Step, check
-from fisher_baselines import Unavailable
-from harness import devices, record, roofline_us, short_set, skip
-from shapes import size_set
+from harness import Unavailable, devices, record, roofline_us, short_set, skip
+from shapes import count, size_set
 from torch import nn
 
 import fishfast as ff
@@ -42,7 +41,7 @@ class Problem:
     def __str__(self) -> str:
         dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
         tensors = "tensor" if self.num_tensors == 1 else "tensors"
-        of = f"n={self.num_params:.0e}, {100 * self.density:g} %"
+        of = f"n={count(self.num_params)}, {100 * self.density:g} %"
         return f"{of}, {self.num_tensors} {tensors}, {dtype}"
 
     def floor_bytes(self, device: torch.device) -> int:

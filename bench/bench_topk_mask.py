@@ -36,7 +36,7 @@ from harness import (
     skip,
     version,
 )
-from shapes import size_set
+from shapes import MODELS, count, parameter_sizes, size_set
 from torch import Tensor
 
 import fishfast as ff
@@ -46,18 +46,20 @@ Scores = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One selection; ``values`` names a function of `_VALUES`."""
+    """One selection; ``values`` names a function of `_VALUES`, ``model`` one of `MODELS`."""
 
     values: str
     num_params: int
     density: float = 0.005
     num_tensors: int = 1
     dtype: torch.dtype = torch.float32
+    model: str | None = None
 
     def __str__(self) -> str:
         dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
         tensors = "tensor" if self.num_tensors == 1 else "tensors"
-        size = f"n={self.num_params:.0e}, {100 * self.density:g} %"
+        model = f"{self.model}, " if self.model else ""
+        size = f"{model}n={count(self.num_params)}, {100 * self.density:g} %"
         return f"{self.values}, {size}, {self.num_tensors} {tensors}, {dtype}"
 
     @property
@@ -95,37 +97,55 @@ _VALUES = {
 _DENSITIES = [0.0001, 0.001, 0.005, 0.02, 0.1, 0.5]
 
 
-def _problems(centre: int, sizes: list[int], densities: list[float], tensors: int) -> list[Problem]:
+def _problems(
+    centre: int, sizes: list[int], densities: list[float], tensors: list[int], models: list[str]
+) -> list[Problem]:
     """Return sweeps that cross at ``centre`` scores; what matters most first."""
     values = list(_VALUES)
-    problems = [Problem(kind, centre) for kind in values]
-    problems += [Problem(kind, centre, num_tensors=tensors) for kind in values]
-    problems += [Problem("lognormal", n) for n in sizes]
+    problems = [Problem("lognormal", n) for n in sizes]
+    problems += [Problem(kind, centre) for kind in values]
+    problems += [Problem(kind, centre, num_tensors=tensors[0]) for kind in values]
     crossed = values[:1] if short_set() or not full_size() else values
     problems += [Problem(kind, centre, d) for kind, d in itertools.product(crossed, densities)]
+    problems += [Problem("lognormal", centre, num_tensors=count) for count in tensors[1:]]
     problems += [Problem(kind, centre, dtype=torch.bfloat16) for kind in ("lognormal", "one bin")]
+    problems += [_of_model(model) for model in models]
     return list(dict.fromkeys(problems))
 
 
+def _of_model(model: str) -> Problem:
+    sizes = parameter_sizes(model)
+    return Problem("lognormal", sum(sizes), num_tensors=len(sizes), model=model)
+
+
+_SIZES = [10**5, 10**6, 10**7, 10**8]
+_TENSORS = [400, 10_000]
+
+
+def _cpu() -> list[Problem]:
+    centre = 10**7 if short_set() else 2**25  # more than the caches hold
+    models = list(MODELS)[: 2 if short_set() else -1]
+    return _problems(centre, _SIZES, _DENSITIES, _TENSORS, models)
+
+
 _PROBLEMS = {
-    "toy": lambda: _problems(2**16, [2**14], [0.005, 0.5], 20),
-    # More than the caches hold.
-    "cpu": lambda: _problems(
-        2**23 if short_set() else 2**25, [10**5, 10**6, 10**7, 10**8], _DENSITIES, 400
-    ),
-    "gpu": lambda: _problems(2**30, [10**5, 10**6, 10**7, 10**8, 2**32], _DENSITIES, 400),
+    "toy": lambda: _problems(2**16, [2**14], [0.005, 0.5], [20], []),
+    "cpu": _cpu,
+    "gpu": lambda: _problems(2**30, [*_SIZES, 2**32], _DENSITIES, _TENSORS, list(MODELS)),
 }[size_set(devices()[0])]()
 
 
 @functools.lru_cache(maxsize=1)
 def _scores(problem: Problem, device: torch.device) -> Scores:
-    """Tensors of uneven size, the largest a few hundred times the smallest or more."""
-    weights = torch.arange(1, problem.num_tensors + 1).double() ** 2
-    sizes = (problem.num_params * weights / weights.sum()).long()
-    sizes[-1] += problem.num_params - sizes.sum()
+    """Tensors of a model, or of uneven size, the largest a few hundred times the smallest."""
+    if problem.model is not None:
+        sizes = parameter_sizes(problem.model)
+    else:
+        weights = torch.arange(1, problem.num_tensors + 1).double() ** 2
+        sizes = (problem.num_params * weights / weights.sum()).long().clamp(min=1).tolist()
+        sizes[-1] += problem.num_params - sum(sizes)
     scores = {
-        f"t{i}": torch.empty(n, dtype=problem.dtype, device=device)
-        for i, n in enumerate(sizes.tolist())
+        f"t{i}": torch.empty(n, dtype=problem.dtype, device=device) for i, n in enumerate(sizes)
     }
     for score in scores.values():
         _VALUES[problem.values](score)
@@ -161,7 +181,7 @@ def _check(contender: str, problem: Problem, device: torch.device) -> None:
 
     All, because torch.topk has given wrong indices past 2^32 scores without a word.
     """
-    small = dataclasses.replace(problem, num_params=50_000, num_tensors=20)
+    small = dataclasses.replace(problem, num_params=50_000, num_tensors=20, model=None)
     scores = _scores.__wrapped__(small, device)
     found = _CONTENDERS[contender](scores, small.k)
     _check_largest(found, scores, small.k)
@@ -216,6 +236,8 @@ def bench_top_k(benchmark: Any, contender: str, problem: Problem, device: torch.
         "dtype": str(problem.dtype).removeprefix("torch."), "num_params": problem.num_params,
         "num_selected": problem.k, "density": problem.density, "num_tensors": problem.num_tensors,
     }  # fmt: skip
+    if problem.model is not None:
+        labels["model"] = problem.model
     if reason := _unavailable(contender, problem, device):
         skip(reason, contender, **labels)
     scores = _scores(problem, device)

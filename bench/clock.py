@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from machine import full_size
+from machine import full_size, short_set
 
 __all__ = ["compare", "measure"]
 
@@ -25,7 +25,8 @@ def measure(
     Args:
         run: what is timed; inputs are built before.
         device: where it runs.
-        seconds: about how long to measure, beyond the fewest repeats; default 1, at toy size 0.02.
+        seconds: about how long to measure, beyond the fewest repeats; default 1; 0.4 where minutes
+            count, 0.02 at toy size.
 
     Returns:
         ``median_us``, ``p20_us`` and ``p80_us``.
@@ -45,7 +46,8 @@ def compare(
         run: what is timed; inputs are built before.
         floor: what it is held against, on the same inputs.
         device: where both run.
-        seconds: about how long to measure, beyond the fewest repeats; default 1, at toy size 0.02.
+        seconds: about how long to measure, beyond the fewest repeats; default 1; 0.4 where minutes
+            count, 0.02 at toy size.
 
     Returns:
         What `measure` returns, ``floor_us`` (median) and ``times_floor`` (median of the ratios).
@@ -68,12 +70,16 @@ def _warm_up(
     The first run may compile; what took long even so is warm by now.
     """
     if seconds is None:
-        seconds = 1.0 if full_size() else 0.02
+        seconds = _seconds()
     first = sum(clock(run) for run in runs)
     if first > 2e6:
         return max(_FEWEST_REPEATS, min(int(1e6 * seconds / first), _REPEATS))
     times = [sum(clock(run) for run in runs) for _ in range(_WARMUP - 1)]
     return max(_FEWEST_REPEATS, min(int(1e6 * seconds / min(times)), _REPEATS))
+
+
+def _seconds() -> float:
+    return (0.4 if short_set() else 1.0) if full_size() else 0.02
 
 
 def _summary(times: list[float]) -> dict[str, float]:

@@ -10,14 +10,21 @@ import gc
 import os
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import harness
 import pytest
 import torch
-from machine import full_size, machine, machine_line
+from figures import LATE as _LATE
+from machine import cpu_seconds, full_size, machine, machine_line
 
-_WEIGHTS = {"fisher": 2}  # whole models, forward and backward, each against every peer
+# The order of the files, and their shares of the time: what README carries comes first, then what
+# the plots take. A file that is not here comes last.
+_SHARES = {
+    "fisher": 4, "train_step": 2, "topk_mask": 1, "sparse_adam": 1, "fisher_sweep": 1,
+    "fisher_kernel": 1, "masked_grad": 1,
+}  # fmt: skip
 _STATE = pytest.StashKey["_Run"]()
 
 
@@ -28,8 +35,11 @@ class _Run:
         seconds = os.environ.get("FISHFAST_BENCH_SECONDS")
         self.budget = float(seconds) if seconds else None
         self.start = time.monotonic()
+        self.cpu = cpu_seconds()
         self.counts: Counter[str] = Counter()  # file -> cases, in the order in which they run
         self.current = ""
+        self.case: Any = None  # the comparison in hand, and whether there was time for it
+        self.skipping = False
         self.skipped: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
 
@@ -38,9 +48,27 @@ class _Run:
         if self.budget is None:
             return False
         files = list(self.counts)
-        weights = [_WEIGHTS.get(name, 1) for name in files]
+        weights = [_SHARES.get(name, 1) for name in files]
         share = sum(weights[: files.index(file) + 1]) / sum(weights)
         return time.monotonic() - self.start > share * self.budget
+
+    def no_time(self, file: str, case: Any) -> bool:
+        """Return whether to skip; a comparison that began goes on until all time is used up."""
+        if case != self.case:
+            self.case, self.skipping = case, self.spent(file)
+        return self.skipping or self.spent(list(self.counts)[-1])
+
+    def say(self, entry: dict[str, Any], outcome: str) -> None:
+        """Print a line for a case without a figure, unless the time was up."""
+        if not entry["reason"].startswith(_LATE):
+            print(f"{entry['contender']}, {entry['case']}: {outcome}: {entry['reason']}")
+
+    def others(self) -> float:
+        """Return the percent of the cores' time that other processes took since the start."""
+        (busy, own, now), (busy_then, own_then, then) = cpu_seconds(), self.cpu
+        cores = os.cpu_count() or 1
+        others = (busy - busy_then) - (own - own_then)
+        return max(0.0, 100 * others / (cores * max(now - then, 1e-3)))
 
     def announce(self, file: str) -> None:
         """Say where the run is, once per file."""
@@ -65,12 +93,14 @@ def pytest_report_header() -> str:
     return note + machine_line(info)
 
 
+@pytest.hookimpl(trylast=True)  # counts what -k has left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the contenders of one case after each other: the budget cuts no comparison in half."""
+    """Run what matters most first, and the contenders of one case after each other."""
     cases: dict[Any, int] = {}
     for item in items:
         cases.setdefault(_labels(item)["key"], len(cases))
-    items.sort(key=lambda item: cases[_labels(item)["key"]])
+    files = [*_SHARES, *dict.fromkeys(map(_stage, items))]
+    items.sort(key=lambda item: (files.index(_stage(item)), cases[_labels(item)["key"]]))
     state = config.stash[_STATE]
     state.counts = Counter(_stage(item) for item in items)
 
@@ -85,8 +115,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Say where the run is, and skip, by name, what the budget leaves no time for."""
     state = item.config.stash[_STATE]
     state.announce(_stage(item))
-    if state.spent(_stage(item)):
-        pytest.skip(f"no time left of {state.budget:.0f} s (FISHFAST_BENCH_SECONDS)")
+    if state.no_time(_stage(item), _labels(item)["key"]):
+        pytest.skip(f"{_LATE} of {state.budget:.0f} s (FISHFAST_BENCH_SECONDS)")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -101,7 +131,28 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
         entry |= harness.skipped_labels.pop(item.nodeid, {})
         entry.setdefault("reason", _reason(report))
         (state.failed if report.failed else state.skipped).append(entry)
+        state.say(entry, "FAILED" if report.failed else "skipped")
     return report
+
+
+def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
+    """Print no letter before a line of figures; what has none gets a line of its own."""
+    if Path(report.nodeid.split("::")[0]).name.startswith("bench_") and (
+        report.skipped or report.when == "call"
+    ):
+        return report.outcome, "", report.outcome.upper()
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say how many cases the time did not reach, and who else used the machine."""
+    state = config.stash[_STATE]
+    late = {(e["stage"], e["case"]) for e in state.skipped if e["reason"].startswith(_LATE)}
+    if late:
+        terminalreporter.line(f"not reached within {state.budget:.0f} s: {len(late)} cases")
+    terminalreporter.line(
+        f"other processes, compilers included, took {state.others():.0f} % of the cores"
+    )
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
@@ -110,7 +161,10 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     figures = [_flat(entry) for entry in output_json["benchmarks"]]
     output_json.clear()
     output_json.update(
-        machine=machine(), benchmarks=figures, skipped=state.skipped, failed=state.failed
+        machine={**machine(), "others_percent": round(state.others(), 1)},
+        benchmarks=figures,
+        skipped=state.skipped,
+        failed=state.failed,
     )
 
 
@@ -122,7 +176,7 @@ def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     labels = {
         "name": entry["name"],
         "stage": file.rsplit("/", 1)[-1].removeprefix("bench_").removesuffix(".py"),
-        "case": ", ".join(str(v) for k, v in params.items() if k not in ("contender", "device")),
+        "case": _words(params),
         "contender": contender,
     }
     labels |= entry["extra_info"]
@@ -142,9 +196,18 @@ def _labels(item: pytest.Item) -> dict[str, Any]:
     case = getattr(item, "callspec", None)
     params = dict(case.params) if case is not None else {}
     contender = str(params.pop("contender", "fishfast"))
-    others = ", ".join(str(v) for k, v in params.items() if k != "device")
+    others = _words(params)
     key = (_stage(item), getattr(item, "originalname", item.name), others)
     return {"contender": contender, "case": others, "key": key}
+
+
+def _words(params: dict[str, Any]) -> str:
+    """Return what a case is called that has no title: its parameters, numbers with their names."""
+    return ", ".join(
+        f"{name} {value}" if isinstance(value, (int, float)) else str(value)
+        for name, value in params.items()
+        if name not in ("contender", "device")
+    )
 
 
 def _reason(report: pytest.TestReport) -> str:

@@ -10,10 +10,22 @@ from typing import Any
 
 import click
 
-__all__ = ["OURS", "Case", "Run", "read"]
+__all__ = [
+    "BYTE_UNITS", "LATE", "OURS", "TIME_UNITS", "Case", "Figures", "Refused", "Run", "in_unit",
+    "is_floor", "read",
+]  # fmt: skip
 
 OURS = "fishfast"
+LATE = "no time left"  # so begins the reason of what a budget did not reach
+TIME_UNITS = [(1e6, "s"), (1e3, "ms"), (1.0, "us")]
+BYTE_UNITS = [(2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")]
 Figures = dict[str, Any]
+
+
+class Refused(click.ClickException):
+    """A file, or a pair of them, that tells nothing."""
+
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +52,24 @@ class Case:
         """The time that contenders are compared by: not all score the same number of samples."""
         return "us_per_sample" if all("us_per_sample" in r for r in self.rows) else "median_us"
 
+    def ratio(self, row: Figures) -> float | None:
+        """Return a row's time over fishfast's; None without fishfast.
+
+        Both were timed in turns with the floor, where it is a call: then this is the ratio of their
+        multiples of it, which a busy machine changes less than the times.
+        """
+        if self.ours is None:
+            return None
+        if "times_fishfast" in row:
+            return float(row["times_fishfast"])
+        key = "times_floor" if "times_floor" in row.keys() & self.ours.keys() else self.time_key
+        return float(row[key] / self.ours[key])
+
     @property
     def fastest(self) -> Figures | None:
         """The fastest row that is not the floor itself."""
         racing = [row for row in self.rows if not is_floor(row)]
-        return min(racing, key=lambda row: row[self.time_key], default=None)
+        return min(racing, key=lambda row: self.ratio(row) or row[self.time_key], default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +107,19 @@ def is_floor(row: Figures) -> bool:
     return row["contender"] == row.get("floor_name")
 
 
+def in_unit(value: float, units: list[tuple[float, str]]) -> str:
+    """Return three digits in the largest unit of which there is a whole one.
+
+    Args:
+        value: in the smallest of the units.
+        units: `TIME_UNITS` or `BYTE_UNITS`.
+    """
+    size, name = next((unit for unit in units if abs(value) >= unit[0]), units[-1])
+    number = value / size
+    digits = max(0, 2 - (len(str(int(abs(number)))) - 1))
+    return f"{number:.{digits}f} {name}"
+
+
 def read(path: Path) -> Run:
     """Read what a run wrote, or what ``bench/results`` keeps.
 
@@ -89,14 +127,14 @@ def read(path: Path) -> Run:
         path: a JSON file of benchmarks.
 
     Raises:
-        click.ClickException: the file has no figures of ours.
+        Refused: the file has no figures of ours.
     """
     try:
         content = json.loads(path.read_text())
         entries = [_flat(entry) for entry in content["benchmarks"]]
         machine = content["machine"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise click.ClickException(f"{path} has no benchmark figures: {error!r}") from error
+        raise Refused(f"{path} has no benchmark figures: {error!r}") from error
     return Run(
         machine=machine,
         figures=[entry for entry in entries if "median_us" in entry],

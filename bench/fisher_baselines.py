@@ -16,25 +16,21 @@ from typing import Any
 
 import torch
 from fisher_models import Batch, Workload
-from harness import WrongResult, version
+from harness import Unavailable, WrongResult, version, why
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fishfast as ff
 
 __all__ = [
-    "CONTENDERS", "FLOOR", "Contender", "Run", "Scores", "Unavailable", "WrongScores", "check",
-    "forward_backward", "prepare", "version_of", "why",
+    "CONTENDERS", "FLOOR", "Contender", "Run", "Scores", "WrongScores", "check", "forward_backward",
+    "prepare", "version_of",
 ]  # fmt: skip
 
 Scores = Mapping[str, Tensor]
 Run = Callable[[], Scores]
 
 FLOOR = "forward + backward"
-
-
-class Unavailable(Exception):
-    """A contender that cannot run here, or not on this model; its text says why."""
 
 
 class WrongScores(WrongResult):
@@ -93,13 +89,6 @@ def prepare(name: str, workload: Workload) -> tuple[Run, Scores]:
         reason = why(error)
     # Out here, so that the traceback does not keep what a peer allocated before it failed.
     raise Unavailable(reason)
-
-
-def why(error: Exception) -> str:
-    """Return in a line why something cannot run."""
-    text = " ".join(str(error).split())[:160]
-    kind = "not installed" if isinstance(error, ImportError) else type(error).__name__
-    return f"{kind}: {text}"
 
 
 def check(name: str, workload: Workload, scores: Scores) -> float:

@@ -211,19 +211,14 @@ def conv(
         contenders={
             "fishfast": add,
             **_chunked_bmm(
-                per_group,
-                unfolded,
-                batch,
-                (groups, after // groups, columns),
-                dtype,
-                device,
+                per_group, unfolded, batch, (groups, after // groups, columns), dtype, device,
                 copied=groups * columns * positions,
             ),
         },
         exact=functools.cache(exact),
         flops=2 * batch * positions * weight.numel(),
         num_bytes=grad.nbytes + x.nbytes + 8 * weight.numel(),
-    )
+    )  # fmt: skip
 
 
 def embedding(

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import short_set
-from shapes import BERT_LARGE, LLAMA_1B, RESNET_50, size_set
+from shapes import FISHER_MODELS, size_set
 from torch import Tensor, nn
 
-__all__ = ["WORKLOADS", "Workload", "build", "load"]
+__all__ = ["WORKLOADS", "Workload", "build", "load", "names"]
 
 Batch = dict[str, Tensor]
 
@@ -82,12 +82,21 @@ class Workload:
                 yield {name: values[b : b + 1] for name, values in batch.items()}
 
 
+def names(device: torch.device) -> list[str]:
+    """Return the workloads of a device, what matters most first.
+
+    Args:
+        device: where they run.
+    """
+    return list(FISHER_MODELS[size_set(device)])
+
+
 @functools.lru_cache(maxsize=1)
 def load(name: str, device: torch.device, **sizes: int) -> Workload:
     """Build a workload on a device; the one that was built before is let go.
 
     Args:
-        name: one of `WORKLOADS`.
+        name: one of `names`.
         device: where it runs; a GPU gets the large sizes in bf16.
         sizes: other than those of ``name`` on this device, such as ``length``.
 
@@ -96,7 +105,7 @@ def load(name: str, device: torch.device, **sizes: int) -> Workload:
     """
     size = size_set(device)
     dtype = torch.bfloat16 if size == "gpu" else torch.float32
-    return build(name, device, dtype, **{**_SIZES[size][name], **_fewer(), **sizes})
+    return build(name, device, dtype, **{**FISHER_MODELS[size][name], **_fewer(), **sizes})
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> Workload:
@@ -235,6 +244,19 @@ def _resnet(
     return Workload(title, model, _images(batches, batch_size, side, 1000), _classify, _KINKS)
 
 
+def _vit(
+    layers: int, hidden: int, heads: int, side: int, batch_size: int, batches: int
+) -> Workload:
+    tf = _transformers()
+    config = tf.ViTConfig(
+        num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, image_size=side,
+        intermediate_size=4 * hidden, num_labels=1000,
+    )  # fmt: skip
+    images = _images(batches, batch_size, side, 1000)
+    title = f"ViT {layers}x{hidden} {side}px"
+    return Workload(title, tf.ViTForImageClassification(config), images, _classify)
+
+
 def _convnet(widths: list[int], side: int, batch_size: int, batches: int) -> Workload:
     """Only layers that every contender knows: no norm, no addition."""
     layers: list[nn.Module] = []
@@ -251,32 +273,6 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "bert": _bert,
     "llama": _llama,
     "resnet": _resnet,
+    "vit": _vit,
     "convnet": _convnet,
 }
-
-_SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "toy": {
-        "bert": {"layers": 2, "hidden": 32, "heads": 2, "vocab": 100, "length": 16,
-                 "batch_size": 3, "batches": 2},
-        "llama": {"layers": 2, "hidden": 32, "heads": 8, "intermediate": 48, "vocab": 100,
-                  "length": 16, "batch_size": 3, "batches": 2},
-        "resnet": {"layer": "basic", "depths": [1, 1], "widths": [8, 16], "side": 32,
-                   "batch_size": 3, "batches": 2},
-        "convnet": {"widths": [8, 8, 16], "side": 16, "batch_size": 3, "batches": 2},
-    },
-    "cpu": {
-        "bert": {"layers": 4, "hidden": 512, "heads": 8, "vocab": 30522, "length": 128,
-                 "batch_size": 8, "batches": 16},
-        "llama": {"layers": 4, "hidden": 512, "heads": 8, "intermediate": 1376, "vocab": 8000,
-                  "length": 128, "batch_size": 4, "batches": 16},
-        "resnet": {"layer": "basic", "depths": [2, 2, 2, 2], "widths": [64, 128, 256, 512],
-                   "side": 64, "batch_size": 16, "batches": 16},
-        "convnet": {"widths": [64, 64, 128, 128], "side": 32, "batch_size": 32, "batches": 16},
-    },
-    "gpu": {
-        "bert": {**BERT_LARGE, "length": 128, "batch_size": 32, "batches": 8},
-        "llama": {**LLAMA_1B, "length": 512, "batch_size": 8, "batches": 8},
-        "resnet": {**RESNET_50, "side": 224, "batch_size": 64, "batches": 4},
-        "convnet": {"widths": [64, 128, 128, 256], "side": 64, "batch_size": 128, "batches": 4},
-    },
-}  # fmt: skip

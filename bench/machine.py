@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import torch
 
 import fishfast as ff
 
-__all__ = ["full_size", "machine", "machine_line", "short_set", "source_hash", "version"]
+__all__ = [
+    "cpu_seconds", "full_size", "machine", "machine_line", "short_set", "source_hash", "version",
+]  # fmt: skip
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SETS = ("toy", "cpu", "gpu", "full")
@@ -91,6 +94,21 @@ def machine_line(info: dict[str, Any]) -> str:
         str(info.get("date") or "")[:10],
     ]
     return ", ".join(word for word in words if word)
+
+
+def cpu_seconds() -> tuple[float, float, float]:
+    """Return the CPU seconds of all processes (0: unknown), of this one's, and the clock.
+
+    Time that a hypervisor gave to others counts as theirs.
+    """
+    own = sum(os.times()[:4])
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        user, nice, system, _, _, *rest = map(
+            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        )
+        ticks = user + nice + system + sum(rest)  # interrupts and steal
+        return ticks / os.sysconf("SC_CLK_TCK"), own, time.monotonic()
+    return 0.0, own, time.monotonic()
 
 
 def version(package: str) -> str | None:

@@ -16,6 +16,7 @@ from machine import machine_line
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.collections import PolyCollection  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter  # noqa: E402
 
@@ -38,6 +39,7 @@ _WORDS = {
     "length": "T, tokens per sample", "batch": "B, samples per batch",
 }  # fmt: skip
 _MOST_PANELS = 4
+_SPREAD = ("p20_us", "p80_us")
 
 
 class _NotDrawn(Exception):
@@ -88,7 +90,7 @@ def _step(run: Run) -> Figure:
     groups = _sweeps(run, "sparse_adam", "density")
     figure, axes = _panels(len(groups))
     for panel, (label, rows) in zip(axes, groups, strict=True):
-        _lines(panel, rows, "density", "median_us", 1e-3, run, floor=False)
+        _lines(panel, rows, "density", "median_us", 1e-3, run)
         panel.set_title(label, fontsize=9)
         panel.set_ylabel("time per step, ms")
     return figure
@@ -114,11 +116,11 @@ def _fisher(run: Run) -> Figure:
 def _training(run: Run) -> Figure:
     cases = [case for case in run.cases("train_step") if len(case.rows) >= 2]
     if not cases:
-        raise _NotDrawn("stage train_step is not in this file")
+        raise _NotDrawn("stage train_step has no case with two contenders in this file")
     cases = cases[:_MOST_PANELS]
-    bars = max(len(case.rows) for case in cases)
+    most = max(len(case.rows) for case in cases)
     figure, axes = plt.subplots(
-        len(cases), 2, figsize=(10.0, len(cases) * (0.8 + 0.34 * bars) + 1.0), squeeze=False
+        len(cases), 2, figsize=(10.0, len(cases) * (0.8 + 0.34 * most) + 1.0), squeeze=False
     )
     for panels, case in zip(axes, cases, strict=True):
         rows = [row for row in case.rows if not is_floor(row)]
@@ -126,18 +128,25 @@ def _training(run: Run) -> Figure:
         names = [row["contender"] for row in rows]
         memory = [row.get("total_bytes", row.get("peak_bytes", 0)) / 2**20 for row in rows]
         times = [row["median_us"] / 1e3 for row in rows]
-        words = ("memory at its peak, MiB", "time per step, ms")
-        for panel, values, word in zip(panels, (memory, times), words, strict=True):
+        spread = [[abs(row[p] - row["median_us"]) / 1e3 for row in rows] for p in _SPREAD]
+        words = ("memory at its peak, MiB", "time per step and its p20 to p80, ms")
+        bars = ((memory, words[0], None), (times, words[1], spread))
+        for panel, (values, word, error) in zip(panels, bars, strict=True):
             colours = [_style(name, run)[0] for name in names]
-            drawn = panel.barh(names, values, color=colours)
+            drawn = panel.barh(names, values, color=colours, xerr=error, ecolor="#888888")
             numbers = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values]
             panel.bar_label(drawn, labels=numbers, padding=3, fontsize=8)
-            panel.set_xlim(0, 1.2 * max(values))
+            longest = max(map(sum, zip(values, *(error or [])[1:], strict=True)))
+            panel.set_xlim(0, 1.2 * longest)
             panel.set_xlabel(word)
             panel.xaxis.set_major_locator(MaxNLocator(6))
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
             panel.invert_yaxis()  # first on top
             panel.spines[["top", "right"]].set_visible(False)
+        for floor in filter(is_floor, case.rows):
+            line = {"color": _FLOOR["color"], "linestyle": _FLOOR["linestyle"]}
+            name = f"floor: {floor['contender']} of full fine-tuning"
+            panels[1].axvline(floor["median_us"] / 1e3, label=name, **line)
         panels[0].set_title(case.title, loc="left", fontsize=9)
         panels[1].set_yticklabels([])
     return figure
@@ -195,7 +204,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 def _lines(
     panel: Axes, rows: list[Figures], x: str, y: str, scale: float, run: Run, *, floor: bool = True
 ) -> None:
-    """Draw one line per contender on logarithmic axes, and under them the floor."""
+    """Draw a line per contender with its p20 to p80, on logarithmic axes, and the floor."""
     for contender in dict.fromkeys(row["contender"] for row in rows):
         own = sorted(
             (r for r in rows if r["contender"] == contender and y in r), key=lambda r: r[x]
@@ -208,6 +217,11 @@ def _lines(
         panel.plot(
             [r[x] for r in own], [scale * r[y] for r in own], label=contender, markersize=5, **line
         )
+        if y != "peak_bytes":
+            spread = [[scale * r[y] * r[p] / r["median_us"] for r in own] for p in _SPREAD]
+            panel.fill_between(
+                [r[x] for r in own], *spread, color=line["color"], alpha=0.15, linewidth=0
+            )
     bound = [r for r in rows if r["contender"] == OURS and "floor_us" in r] if floor else []
     if bound:
         bound.sort(key=lambda r: r[x])
@@ -254,12 +268,18 @@ def _style(contender: str, run: Run) -> tuple[str, str, str]:
     return _STYLES[place] if place < len(_STYLES) else _STYLES[1 + place % (len(_STYLES) - 1)]
 
 
+def _is_shaded(panel: Axes) -> bool:
+    return any(isinstance(drawn, PolyCollection) for drawn in panel.collections)
+
+
 def _finish(figure: Figure, title: str, run: Run) -> None:
     """Put one legend for all panels, the title, and the machine under a figure."""
     entries: dict[str, Any] = {}
     for panel in figure.axes:
         entries.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    footer = textwrap.fill(machine_line(run.machine), width=int(15 * figure.get_figwidth()))
+    shaded = "shaded: p20 to p80; " if any(map(_is_shaded, figure.axes)) else ""
+    words = f"{shaded}{machine_line(run.machine)}"
+    footer = textwrap.fill(words, width=int(17 * figure.get_figwidth()))
     longest = max((len(name) for name in entries), default=0)
     columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.7 + 0.065 * longest))))
     legend = 0.1 + 0.2 * math.ceil(len(entries) / columns)  # inches

@@ -8,13 +8,12 @@ writes and what ``bench/results`` keeps.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
-from figures import OURS, Case, Run, is_floor, read
+from figures import BYTE_UNITS, LATE, OURS, TIME_UNITS, Case, Run, in_unit, is_floor, read
 from machine import machine_line
 
 __all__ = ["main", "markdown", "table"]
@@ -24,11 +23,21 @@ _STAGES = {
     "fisher_sweep": "Fisher against length and batch",
     "fisher_kernel": "Fisher, one primitive at a time",
     "topk_mask": "Global top-k mask",
+    "masked_grad": "Gradient of the masked weights",
     "sparse_adam": "Optimizer step",
     "train_step": "Training step",
 }
-_TIME_UNITS = [(1e6, "s"), (1e3, "ms"), (1.0, "us")]
-_BYTE_UNITS = [(2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")]
+_BUSY = 10.0  # percent of the cores; above it the report warns. Compilers take some, too
+_LEGEND = [
+    "- Time: the median; beside it the middle 60 % of the repeats. Bold: the fastest of a case.",
+    "- Ratio: time over fishfast's, above 1 is slower than fishfast. Contenders that were timed in "
+    "turns with the floor are compared by their multiples of it, which a busy machine changes "
+    "less than the times.",
+    "- Floor: what the counted bytes take at the least, or the plain operation that is named, "
+    "measured in the same run; its own rows are in italics. Above 100 %: faster than that.",
+    "- Memory: the most that was held at once, of whole models and training with the weights, of "
+    "all else beside its inputs. By torch's allocators; of the top-k on a CPU by the process.",
+]
 
 
 def markdown(run: Run, pictures: Iterable[tuple[str, str]]) -> str:
@@ -42,13 +51,14 @@ def markdown(run: Run, pictures: Iterable[tuple[str, str]]) -> str:
     lines = ["# Benchmarks", "", f"{machine_line(info)}."]
     if info.get("rehearsal"):
         lines += ["", "**REHEARSAL at toy size: shows that everything runs, measures nothing.**"]
+    if (others := info.get("others_percent") or 0) > _BUSY:
+        took = f"Other processes, compilers included, took {others:.0f} % of the cores"
+        lines += ["", f"**{took}: not a quiet machine.**"]
     if info.get("note"):
         lines += ["", f"{info['note']}."]
     lines += [
         "",
-        "Medians. Bold: the fastest of a case. Ratio: time over fishfast's, above 1 is slower "
-        "than fishfast. Floor: what cannot be beaten, measured in the same run; its own rows are "
-        "in italics. Memory: the most that torch's allocators held.",
+        *_LEGEND,
     ]
     for stage in run.stages():
         lines += ["", f"## {_STAGES.get(stage, stage)}", "", *_section(run, stage)]
@@ -71,19 +81,29 @@ def _section(run: Run, stage: str) -> list[str]:
         lines += ["", "fishfast per batch after the first, which is searched for its samples:", ""]
         lines += further
     for kind, entries in (("Not measured", run.skipped), ("No figure: failed", run.failed)):
-        counts = Counter(
-            (entry["contender"], entry["reason"]) for entry in entries if entry["stage"] == stage
-        )
-        if counts:
-            lines += ["", f"{kind}:", ""]
-            lines += [f"- {who}{_times(count)}: {why}" for (who, why), count in counts.items()]
+        if named := _named([entry for entry in entries if entry["stage"] == stage]):
+            lines += ["", f"{kind}:", "", *named]
     if missing := _missing(run, stage, cases):
         lines += ["", "Not in this file:", "", *missing]
     return lines
 
 
-def _times(count: int) -> str:
-    return f", {count} cases" if count > 1 else ""
+def _named(entries: list[dict[str, str]]) -> list[str]:
+    """Name what has no figure: each contender with its cases, and the cases not reached in time."""
+    late = dict.fromkeys((e["reason"], e["case"]) for e in entries if e["reason"].startswith(LATE))
+    groups: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        if not entry["reason"].startswith(LATE):
+            groups.setdefault((entry["contender"], entry["reason"]), []).append(entry["case"])
+    lines = [f"- {who}{_on(cases)}: {why}" for (who, why), cases in groups.items()]
+    for reason in dict.fromkeys(reason for reason, _ in late):
+        cases = [case for why, case in late if why == reason]
+        lines.append(f"- {len(cases)} cases, {reason}: {'; '.join(cases)}")
+    return lines
+
+
+def _on(cases: list[str]) -> str:
+    return f", {len(cases)} cases" if len(cases) > 4 else f" on {'; '.join(filter(None, cases))}"
 
 
 def _missing(run: Run, stage: str, cases: list[Case]) -> list[str]:
@@ -137,40 +157,32 @@ def _row(cells: Iterable[str]) -> str:
 
 def _cells(case: Case, row: dict[str, Any]) -> list[str]:
     key = case.time_key
-    contender, time = row["contender"], _unit(row[key], _TIME_UNITS)
+    contender, time = row["contender"], in_unit(row[key], TIME_UNITS)
     if is_floor(row):
         contender = f"*{contender}*"
     elif row is case.fastest:
         contender, time = f"**{contender}**", f"**{time}**"
     scale = row[key] / row["median_us"]
-    spread = " to ".join(_unit(scale * row[p], _TIME_UNITS) for p in ("p20_us", "p80_us"))
-    memory = row.get("total_bytes", row.get("peak_bytes"))
+    spread = " to ".join(in_unit(scale * row[p], TIME_UNITS) for p in ("p20_us", "p80_us"))
+    kinds = (row.get(f"{kind}_bytes") for kind in ("total", "resident", "peak"))
+    memory = next((held for held in kinds if held is not None), None)
     percent = row.get("percent_of_floor")
     return [
         contender, row.get("version") or "", time, spread, _ratio(case, row),
         "" if percent is None or is_floor(row) else _percent(percent),
         "" if is_floor(row) else row.get("floor_name") or "",
-        "" if memory is None else _unit(memory, _BYTE_UNITS),
+        "" if memory is None else in_unit(memory, BYTE_UNITS),
     ]  # fmt: skip
 
 
 def _ratio(case: Case, row: dict[str, Any]) -> str:
-    if case.ours is None or row["contender"] == OURS:
-        return ""
-    # Measured in turns where the case has it: a busy machine slows both.
-    measured = row.get("times_fishfast", row[case.time_key] / case.ours[case.time_key])
-    return f"{measured:.2f}"
-
-
-def _unit(value: float, units: list[tuple[float, str]]) -> str:
-    """Return three digits in the largest unit of which there is a whole one."""
-    size, name = next((unit for unit in units if abs(value) >= unit[0]), units[-1])
-    number = value / size
-    digits = max(0, 2 - (len(str(int(abs(number)))) - 1))
-    return f"{number:.{digits}f} {name}"
+    ratio = case.ratio(row)
+    return "" if ratio is None or row["contender"] == OURS else f"{ratio:.2f}"
 
 
 def _percent(value: float) -> str:
+    if value < 0.1:
+        return "< 0.1"
     return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
@@ -192,6 +204,8 @@ def main(file: Path, out: Path | None) -> None:
         pictures = [("all plots", reason)]
     else:
         pictures = draw_all(run, out)
+        if not any(result.endswith(".png") for _, result in pictures):
+            pictures = [("all plots", "no sweep over n, density, T or B and no training step here")]
     report = out / "report.md"
     report.write_text(markdown(run, pictures))
     click.echo(f"{report}: {len(run.figures)} figures")

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from fisher_baselines import Unavailable, why
 from fisher_models import Workload
-from harness import version
+from harness import Unavailable, version, why
 from torch import Tensor, nn
 
 import fishfast as ff

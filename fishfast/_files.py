@@ -1,74 +1,28 @@
-"""Safetensors files written atomically and read with suspicion; no pickle."""
+"""Files and folders written beside their place and put there when they are whole."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
-import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 __all__ = [
-    "Checksum",
     "PathLike",
-    "check_format",
     "make_folder",
-    "raw_bytes",
-    "read_checked",
-    "refuse_damaged",
+    "refuse_no_file",
+    "refuse_unwritable",
     "replace_file",
-    "write_atomically",
     "write_text_atomically",
 ]
 
 PathLike = str | os.PathLike[str]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def write_atomically(
-    path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]
-) -> None:
-    """Write a safetensors file so that a kill at any moment leaves the old file or the new one.
-
-    Temporary file in the same folder, fsync, rename over the target, fsync of the folder. A link is
-    followed, and an existing file's mode is kept. A kill may leave the temporary file behind.
-
-    Args:
-        path: target; its folder must exist.
-        tensors: any devices; written contiguous.
-        metadata: the header's string entries; ``sha256`` over all tensors is added.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: the disk is full, or refuses otherwise.
-        ValueError: the target exists and is no regular file.
-    """
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    described = {**metadata, "sha256": _sha256(ready)}
-    replace_file(path, lambda temporary: _save(ready, temporary, described))
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Save; what the system refuses is an OSError here too, not the library's own error."""
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def write_text_atomically(path: PathLike, text: str) -> None:
@@ -94,19 +48,15 @@ def replace_file(path: PathLike, write: Callable[[Path], object]) -> None:
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: the system refuses.
         ValueError: the target exists and is no regular file.
     """
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{os.fspath(path)!r} must be a regular file or not exist")
-    temporary = target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
+    target = _file_target(path)
+    temporary = _beside(target)
     try:
-        # Created here to learn the mode that the umask gives; the library's own is 0600.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
-        with _naming_where_full(path):
+        with _naming(path, temporary):
+            _create(temporary)
+            mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
             write(temporary)
         os.chmod(temporary, mode)
         _fsync(temporary, os.O_RDWR)
@@ -116,6 +66,43 @@ def replace_file(path: PathLike, write: Callable[[Path], object]) -> None:
             os.unlink(temporary)
         raise
     _fsync(target.parent, os.O_RDONLY)
+
+
+def refuse_unwritable(path: PathLike) -> None:
+    """Refuse a file that `replace_file` could not put there, before the work that it is for.
+
+    Args:
+        path: target; it stays as it is.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: the system refuses.
+        ValueError: the target exists and is no regular file.
+    """
+    temporary = _beside(_file_target(path))
+    with _naming(path, temporary):
+        _create(temporary)
+        os.unlink(temporary)
+
+
+def _file_target(path: PathLike) -> Path:
+    """Return where a file goes, links followed; refuse what has no folder or is no file."""
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(target).st_mode):  # an OSError too where the name is too long
+            raise ValueError(f"{os.fspath(path)!r} must be a regular file or not exist")
+    return target
+
+
+def _beside(target: Path) -> Path:
+    return target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
+
+
+def _create(path: Path) -> None:
+    """Create an empty file with the mode that the umask gives; the library's own is 0600."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
@@ -128,16 +115,18 @@ def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
     Raises:
         FileNotFoundError: the parent does not exist.
         FileExistsError: the target is there and not an empty folder.
+        OSError: the system refuses.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"the folder of {os.fspath(path)!r} must exist; create it first")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{os.fspath(path)!r} must not exist yet, or be an empty folder")
-    temporary = target.parent / f".fishfast-{secrets.token_hex(8)}.tmp"
-    temporary.mkdir()
+    temporary = _beside(target)
+    with _naming(path, temporary):
+        temporary.mkdir()
     try:
-        with _naming_where_full(path):
+        with _naming(path, temporary):
             write(temporary)
         for place in sorted(temporary.rglob("*")):
             _fsync(place, os.O_RDONLY)
@@ -150,52 +139,21 @@ def make_folder(path: PathLike, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _naming_where_full(path: PathLike) -> Iterator[None]:
-    """Say which file a full disk has no room for; a failed write does not."""
+def _naming(path: PathLike, temporary: Path) -> Iterator[None]:
+    """Name the target where the system refuses.
+
+    It would name the temporary file, which its user does not know, or, where the disk is full, no
+    file at all.
+
+    Raises:
+        OSError: the system's own, with the other name.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in _FULL or error.filename == str(temporary):
             error.filename = os.fspath(path)
         raise
-
-
-class Checksum:
-    """SHA-256 of names and bytes, so that one flipped bit or a missing tensor is noticed.
-
-    Tensors come in the order of their names, each one first by `begin`, then by its data.
-    """
-
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-
-    def begin(self, name: str, dtype: torch.dtype, shape: Iterable[int]) -> None:
-        """Take the next tensor's name, dtype and shape."""
-        self._sha.update(json.dumps([name, str(dtype), list(shape)]).encode())
-
-    def update(self, piece: Tensor) -> None:
-        """Take the next elements of that tensor, on the CPU."""
-        self._sha.update(raw_bytes(piece))
-
-    def hexdigest(self) -> str:
-        """Return the hash of what came so far."""
-        return self._sha.hexdigest()
-
-
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    checksum = Checksum()
-    for name, tensor in sorted(tensors.items()):
-        checksum.begin(name, tensor.dtype, tensor.shape)
-        checksum.update(tensor)
-    return checksum.hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a CPU tensor in row-major order."""
-    flat = tensor.reshape(-1)
-    if flat.stride(0) != 1:  # one element of a strided tensor counts as contiguous, not as bytes
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _fsync(path: PathLike, flags: int) -> None:
@@ -206,92 +164,15 @@ def _fsync(path: PathLike, flags: int) -> None:
         os.close(descriptor)
 
 
-def read_checked(
-    path: PathLike, kind: str, version: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file that `write_atomically` wrote, or refuse it.
+def refuse_no_file(path: PathLike) -> None:
+    """Refuse to read a folder, device or pipe: safetensors cannot map it, and its opening may hang.
 
     Args:
-        path: the file.
-        kind: what its ``format`` entry must be, such as ``"fishfast.mask"``.
-        version: the newest ``format_version`` that is understood.
-
-    Returns:
-        The tensors and the metadata.
+        path: what to read.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a safetensors file, another format, a newer version, or a name that occurs
-            twice in its header.
+        FileNotFoundError: nothing there.
+        ValueError: it is no regular file.
     """
-    _refuse_duplicate_names(Path(path))
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            check_format(path, metadata, kind, version)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
-
-
-def check_format(path: PathLike, metadata: Mapping[str, str], kind: str, version: int) -> None:
-    """Refuse another kind of file, or another version.
-
-    Args:
-        path: the file, for the message.
-        metadata: its metadata.
-        kind: what its ``format`` must be.
-        version: what its ``format_version`` must be.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if metadata.get("format") != kind:
-        raise ValueError(
-            f"{os.fspath(path)!r} must be a {kind} file; its format is {metadata.get('format')!r}"
-        )
-    if metadata.get("format_version") != str(version):
-        raise ValueError(
-            f"{os.fspath(path)!r} has format_version {metadata.get('format_version')!r}; "
-            f"this fishfast reads version {version}; upgrade fishfast or save it again"
-        )
-
-
-def refuse_damaged(
-    path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Refuse a file whose tensors are not, bit for bit, those that were written.
-
-    Comes after the checks that can say what is wrong.
-
-    Args:
-        path: the file, for the message.
-        tensors: all of its tensors.
-        metadata: its metadata.
-
-    Raises:
-        ValueError: a checksum that is missing or does not match.
-    """
-    if metadata.get("sha256") != _sha256(tensors):
-        raise ValueError(f"{os.fspath(path)!r} does not match its checksum: the file is damaged")
-
-
-def _refuse_duplicate_names(path: Path) -> None:
-    """Safetensors accepts a header that names a tensor twice and keeps the last one."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        entries: dict[str, object] = {}
-        for name, value in pairs:
-            if name in entries:
-                raise ValueError(f"{os.fspath(path)!r} names {name!r} twice in its header")
-            entries[name] = value
-        return entries
-
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            return  # not a safetensors file; safe_open says so
-        try:
-            json.loads(file.read(length), object_pairs_hook=unique)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            return  # likewise
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{os.fspath(path)!r} must be a regular file")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishfast._files import raw_bytes
+from fishfast._safetensors import raw_bytes
 from fishfast.mask import SparseMask
 
 __all__ = ["BaseIdentity", "Digest", "structure_of"]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fishfast._lazy import refuse_lazy
 from fishfast._names import split_by_rule
 from fishfast.mask import SparseMask, index_dtype
 from fishfast.topk_mask.budget import Totals, budget, everything_of
@@ -27,7 +28,7 @@ def magnitude_scores(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: the model has no trainable parameter.
+        ValueError: the model has no trainable parameter, or a lazy one.
 
     Example:
         >>> import torch, fishfast as ff
@@ -131,6 +132,7 @@ def _is_bias(name: str) -> bool:
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    refuse_lazy(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(

@@ -32,10 +32,22 @@ __all__ = [
 ]
 
 
+_SHARDED = "a tuned model cannot be sharded: fully_shard replaces its parameters; use DDP"
+
+
 class _TappedModule(nn.Module):
     """What a module with masked weights does differently. Mixed in before the module's class."""
 
     _masked: dict[str, Target]  # parameter name -> target
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Keep masked weights from ``module.weight = None``."""
+        if param is None and name in self._masked:
+            raise RuntimeError(
+                f"the masked parameter {name!r} of {type(self).__name__} must be a tensor; got "
+                "None; release() before taking it away"
+            )
+        super().register_parameter(name, param)
 
     def _without_compact(self, call: Callable[[], Any]) -> Any:
         """Run something that must see the base parameters only."""
@@ -46,14 +58,10 @@ class _TappedModule(nn.Module):
         finally:
             self._parameters.update(held)
 
-    def _settle(self) -> None:
-        for name in self._masked:
-            settle(self._parameters.get(name + VALUES_SUFFIX))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the module, but stay fp32: `model.to(bfloat16)` must not round the masters."""
         base_apply = super()._apply
-        self._settle()
+        _settle_all(self)
         agreed = [target for target in self._masked.values() if target.agrees()]
         result = self._without_compact(lambda: base_apply(fn, recurse))
         for name, target in self._masked.items():
@@ -74,7 +82,7 @@ class _TappedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the base model's keys only."""
-        self._settle()
+        _settle_all(self)
         # Taken out of the result, not out of the module: another thread may be training it.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._masked:
@@ -93,12 +101,17 @@ class _TappedModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy through the base class: the tapped class is made again."""
-        self._settle()
+        _settle_all(self)
         reduced: Any = super().__reduce_ex__(max(2, protocol))  # 0 and 1 would name the class
         function, args, *rest = reduced
         if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
-            return _rebuild_module, (_base_class(self), tuple(self._masked)), *rest
+            return _rebuild_module, (_plain_class(self), tuple(self._masked)), *rest
         return function, args, *rest
+
+
+def _settle_all(module: _TappedModule) -> None:
+    for name in module._masked:
+        settle(module._parameters.get(name + VALUES_SUFFIX))
 
 
 def _moved(values: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -125,12 +138,37 @@ def _tapped_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     )
 
 
-def _base_class(module: nn.Module) -> type[nn.Module]:
-    return type(module).__mro__[2]  # tapped class, _TappedModule, the module's own class
+def _tapped_below(module: nn.Module) -> Any:
+    """Return a module's tapped class, which a later parametrization has put another one upon."""
+    return next(cls for cls in type(module).__mro__ if _TappedModule in cls.__bases__)
 
 
-def _rebuild_module(base: Any, names: tuple[str, ...]) -> nn.Module:
-    cls = _tapped_class(base, names)
+def _plain_class(module: nn.Module) -> Any:
+    tapped = _tapped_below(module)
+    return _rebased(type(module), tapped, tapped.__bases__[1])
+
+
+def _masked_class(cls: Any, names: tuple[str, ...]) -> Any:
+    """Return a plain class with the tap, below torch's class of a module with parametrizations.
+
+    torch takes a parametrization off the topmost class and expects that to be its own.
+    """
+    base = next(c for c in cls.__mro__ if c.__module__ != nn.utils.parametrize.__name__)
+    return _rebased(cls, base, _tapped_class(base, names))
+
+
+def _rebased(cls: Any, below: type, other: type) -> Any:
+    """Return a class like this one, but derived from another in the place of one below it."""
+    if cls is below:
+        return other
+    bases = tuple(_rebased(b, below, other) if issubclass(b, below) else b for b in cls.__bases__)
+    made_anew = ("__dict__", "__weakref__")  # by type() for every class
+    own = {name: found for name, found in vars(cls).items() if name not in made_anew}
+    return type(cls)(cls.__name__, bases, own)
+
+
+def _rebuild_module(plain: Any, names: tuple[str, ...]) -> nn.Module:
+    cls = _masked_class(plain, names)
     return cls.__new__(cls)
 
 
@@ -149,10 +187,10 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
         target.mark_seen(target.weight())
     for module, name in target.owners:
         tapped = isinstance(module, _TappedModule)
-        base: Any = _base_class(module) if tapped else type(module)
+        plain = _plain_class(module) if tapped else type(module)
         masked: dict[str, Target] = module._masked if tapped else {}  # type: ignore[assignment]
         masked[name] = target
-        module.__class__ = _tapped_class(base, tuple(masked))
+        module.__class__ = _masked_class(plain, tuple(masked))
         module._masked = masked  # type: ignore[assignment]
         module.register_parameter(name + VALUES_SUFFIX, values)
     target.move(target.indices.device)
@@ -162,24 +200,56 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
 def untap(model: nn.Module) -> None:
     """Give every module its own class back and drop the compact parameters."""
     tapped = [module for module in model.modules() if isinstance(module, _TappedModule)]
+    plain = [_plain_class(module) for module in tapped]  # all before anything is changed
     for module in tapped:
-        module._settle()
-    for module in tapped:
+        _settle_all(module)
+    for module, cls in zip(tapped, plain, strict=True):
         for name in module._masked:
             module._parameters.pop(name + VALUES_SUFFIX, None)
-        module.__class__ = _base_class(module)  # type: ignore[assignment]
+        module.__class__ = cls
         del module._masked
 
 
 def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter]]:
-    """Yield (name, parameter) for each compact parameter of a model, each once."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, CompactParameter):
-            yield name, parameter
+    """Yield (name, parameter) for each compact parameter of a model, each once.
+
+    Raises:
+        RuntimeError: something else is in the place of one.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        if not isinstance(module, _TappedModule):
+            continue
+        expected = {name + VALUES_SUFFIX for name in module._masked}
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, CompactParameter):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{prefix}.{name}" if prefix else name, parameter
+            elif name in expected and parameter is not None:
+                raise RuntimeError(
+                    f"the trained {name!r} of {type(module).__name__} must be a compact parameter; "
+                    f"got a {type(parameter).__name__} in its place ({_SHARDED})"
+                )
 
 
 def refuse_retired(parameters: Iterable[Tensor]) -> None:
-    """Refuse values that another mask replaced; without a gradient they would go unnoticed."""
+    """Refuse values that the model does not train any more.
+
+    Raises:
+        RuntimeError: another mask replaced them, the model was released, or its parameters were
+            replaced. Without a gradient that would go unnoticed.
+    """
     for parameter in parameters:
-        if isinstance(parameter, CompactParameter) and parameter.target.retired:
+        if not isinstance(parameter, CompactParameter):
+            continue
+        if parameter.target.retired:
             parameter.target.weight()  # raises
+        module, name = parameter.target.owners[0]
+        if module._parameters.get(name + VALUES_SUFFIX) is not parameter:
+            raise RuntimeError(
+                f"parameters must be those that the model trains; its {type(module).__name__} does "
+                f"not hold the values of {name!r} any more: after tuned.release() nothing is left "
+                "to train; call train_only again and make a new optimizer from its parameters "
+                f"({_SHARDED})"
+            )

@@ -108,12 +108,13 @@ class FishConfig:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not such a file, a newer version, a field that is unknown, or a value that
-                a config cannot have.
+            ValueError: not such a file, a newer version, a field that is unknown or there twice,
+                or a value that a config cannot have.
         """
         source = repr(os.fspath(path))
         try:
-            contents = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            contents = json.loads(text, object_pairs_hook=lambda pairs: _unique(source, pairs))
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{source} is not a JSON file: {error}") from error
         if not isinstance(contents, dict) or contents.pop("format", None) != _FORMAT:
@@ -132,6 +133,16 @@ class FishConfig:
             return cls(**contents)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
+
+
+def _unique(source: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse a field that is there twice; json keeps the last one."""
+    contents: dict[str, object] = {}
+    for name, value in pairs:
+        if name in contents:
+            raise ValueError(f"{source} has the field {name!r} twice; delete one of them")
+        contents[name] = value
+    return contents
 
 
 def _entries(name: str, value: str | Iterable[str]) -> tuple[str, ...]:

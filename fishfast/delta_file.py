@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishfast._files import PathLike, read_checked, refuse_damaged, write_atomically
+from fishfast._files import PathLike
+from fishfast._safetensors import read_checked, refuse_damaged, write_atomically
 from fishfast.mask import SparseMask, shapes_from_json
 
 __all__ = ["Contents", "read_delta", "refuse_non_finite", "write_delta"]

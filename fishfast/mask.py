@@ -7,7 +7,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fishfast._files import PathLike, read_checked, refuse_damaged, write_atomically
+from fishfast._files import PathLike
+from fishfast._safetensors import read_checked, refuse_damaged, write_atomically
 
 __all__ = ["SparseMask"]
 
@@ -215,12 +216,27 @@ class SparseMask(Mapping[str, Tensor]):
             if name not in parameters:
                 raise ValueError(
                     f"mask must fit the model; it names {name!r}, which the model does not have"
+                    + _computed_instead(name, parameters)
                 )
             if tuple(parameters[name].shape) != shape:
                 raise ValueError(
                     f"mask must fit the model; {name!r} has shape {shape} in the mask and "
                     f"{tuple(parameters[name].shape)} in the model"
                 )
+
+
+def _computed_instead(name: str, parameters: Collection[str]) -> str:
+    """Say where torch's pruning or parametrizations have put a weight."""
+    module, _, own = name.rpartition(".")
+    inside = f"{module}.parametrizations.{own}.".removeprefix(".")
+    for other, what in (
+        (f"{name}_orig", "torch.nn.utils.prune.remove"),
+        (f"{inside}original", "torch.nn.utils.parametrize.remove_parametrizations"),
+        (f"{inside}original0", "torch.nn.utils.parametrize.remove_parametrizations"),
+    ):
+        if other in parameters:
+            return f", but computes from {other!r}; make the mask of this model, or call {what}"
+    return ""
 
 
 def shapes_from_json(text: str) -> dict[str, tuple[int, ...]]:

@@ -92,7 +92,7 @@ def sum_tokens(
 ) -> None:
     """Sum the tokens of each row in the order of their positions, at the row's first place."""
     grads = as_matrix(grad)
-    tokens, order = tokens.flatten().sort(stable=True)
+    tokens, order = tokens.flatten().long().sort(stable=True)  # times a row's length below
     first = torch.searchsorted(tokens, tokens)
     num_tokens = torch.searchsorted(tokens, tokens, right=True) - first
     at_first = first == torch.arange(len(tokens), device=tokens.device)
@@ -103,7 +103,7 @@ def sum_tokens(
     )  # fmt: skip
     if len(indices) <= sums.numel():
         row, column = indices // shape[1], indices % shape[1]
-        row = row.to(tokens.dtype)
+        row = row.long()
         place = torch.searchsorted(tokens, row).clamp_(max=len(tokens) - 1)
         found = sums.flatten().index_select(0, place * shape[1] + column)
         out.copy_(found.masked_fill_((tokens[place] != row) | (row == padding), 0))

@@ -48,10 +48,10 @@ class SideTap(torch.autograd.Function):
         # torch.compile traces this too, and differentiates nothing twice.
         if weight is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # With create_graph=True: the gradient of x, which the layer's own backward gives,
-            # depends on the values. What is added to it is zero, and its derivative is not.
+            # depends on the values. What is added to it is zero, and its derivatives are not.
             tapped = GradientTap.apply(weight, values, plan[0])
-            grad_x = input_grad(kind, grad.detach(), x, tapped, geometry)
-            grad_x = grad_x - grad_x.detach()
+            grad_x, as_frozen = (input_grad(kind, grad, x, w, geometry) for w in (tapped, weight))
+            grad_x = grad_x - as_frozen
         return (grad, grad_x, None, grad_values, *[None] * 8)
 
 
@@ -175,7 +175,7 @@ def _embedding_forward(self: Any, input: Tensor) -> Tensor:
     if self.scale_grad_by_freq or _is_plain(self, input):
         return nn.Embedding.forward(self, input)
     y = F.embedding(input, _frozen_weight(self), self.padding_idx, self.max_norm, self.norm_type)
-    padding = -1 if self.padding_idx is None else self.padding_idx
+    padding = -1 if self.padding_idx is None else self.padding_idx % len(self._parameters["weight"])
     return _side_tap(self, y, input, "embedding", padding)
 
 

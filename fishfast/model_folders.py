@@ -5,13 +5,14 @@ Needs transformers and datasets, which are imported when they are used. Nothing 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -26,6 +27,10 @@ _READERS = {
     ".parquet": "from_parquet",
     ".txt": "from_text",
 }
+
+
+# Of any tokenizer; others go by names of their own.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model")
 
 
 class LoadedModel(NamedTuple):
@@ -64,8 +69,9 @@ def load_model(
 
     Raises:
         ImportError: transformers is not installed.
-        FileNotFoundError: no such folder, or none of a model.
-        ValueError: an architecture that transformers does not have.
+        FileNotFoundError: no such folder, or none of a model with its tokenizer.
+        ValueError: an architecture that transformers does not have, a device that torch does not
+            have here, weights that do not fit the config, or files that are damaged.
     """
     transformers = _require("transformers")
     where = Path(folder)
@@ -74,20 +80,33 @@ def load_model(
             f"model must be a folder with a config.json, as save_pretrained writes it; got "
             f"{os.fspath(folder)!r}"
         )
+    _refuse_other_device(device)
     local = {"local_files_only": True}
-    config = transformers.AutoConfig.from_pretrained(where, **local)
+    source = f"model {os.fspath(folder)!r}"
+    with _reading(f"the config of {source} cannot be read"):
+        config = transformers.AutoConfig.from_pretrained(where, **local)
     name = architecture or next(iter(config.architectures or ()), None)
-    model_class = getattr(transformers, name, None) if name else None
-    if model_class is None or not hasattr(model_class, "from_pretrained"):
+    model_class: Any = getattr(transformers, name, None) if name else None
+    is_model = isinstance(model_class, type) and issubclass(
+        model_class, transformers.PreTrainedModel
+    )
+    if not is_model and not (model_class and str(name).startswith("AutoModel")):
         raise ValueError(
-            f"the architecture must be a class of transformers {transformers.__version__}; "
+            f"the architecture must be a model of transformers {transformers.__version__}; "
             f"{os.fspath(folder)!r} names {name!r}; give another one"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where, **local)
-    with torch.random.fork_rng(devices=[]):
+    with _reading(f"the tokenizer of {source} cannot be read"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **local)
+    _refuse_no_vocabulary(tokenizer, where)
+    with _reading(f"the weights of {source} cannot be read"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = model_class.from_pretrained(
-            where, dtype=dtype, output_loading_info=True, **local
+            where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **local
+        )
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"the weights of {source} must fit its config; {name!r} has shape {tuple(stored)}, and "
+            f"the config asks for {tuple(expected)}"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -135,14 +154,19 @@ def load_rows(path: PathLike, *, split: str | None = None) -> Rows:
     Raises:
         ImportError: the library datasets is not installed.
         FileNotFoundError: nothing there.
-        ValueError: another kind of file, or a split that is needed or not there.
+        ValueError: another kind of file, one that is damaged or has no rows, or a split that is
+            needed or not there.
     """
     datasets = _require("datasets")
     where = Path(path)
     if not where.exists():
         raise FileNotFoundError(f"data must be a folder or file; there is no {os.fspath(path)!r}")
     if where.is_dir():
-        data = datasets.load_from_disk(str(where))
+        with _reading(
+            f"data must be a folder as save_to_disk writes it, with rows in it; {os.fspath(path)!r}"
+            " cannot be read"
+        ):
+            data = datasets.load_from_disk(str(where))
         if isinstance(data, Mapping):
             if split not in data:
                 raise ValueError(
@@ -151,24 +175,76 @@ def load_rows(path: PathLike, *, split: str | None = None) -> Rows:
             data = data[split]
         elif split is not None:
             raise ValueError(f"{os.fspath(path)!r} has no splits; got split={split!r}")
-        return Rows(data, os.fspath(path))
+        return _rows(data, path)
     if split is not None:
         raise ValueError(f"a file has no splits; got split={split!r}")
     if where.suffix not in _READERS:
         raise ValueError(
             f"data must be a folder or a file {', '.join(_READERS)}; got {os.fspath(path)!r}"
         )
+    if where.stat().st_size == 0:
+        _refuse_no_rows(path)
     # Not into the user's cache, where it would stay.
-    with tempfile.TemporaryDirectory(prefix="fishfast-") as cache:
+    with (
+        tempfile.TemporaryDirectory(prefix="fishfast-") as cache,
+        _reading(
+            f"data must be a {where.suffix} file with rows in it; {os.fspath(path)!r} cannot be "
+            "read"
+        ),
+    ):
         read = getattr(datasets.Dataset, _READERS[where.suffix])
-        try:
-            data = read(str(where), cache_dir=cache, keep_in_memory=True)
-        except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} is not a readable {where.suffix} file: "
-                f"{error.__cause__ or error}"
-            ) from error
+        data = read(str(where), cache_dir=cache, keep_in_memory=True)
+    return _rows(data, path)
+
+
+def _rows(data: Any, path: PathLike) -> Rows:
+    if len(data) == 0:
+        _refuse_no_rows(path)
     return Rows(data, os.fspath(path))
+
+
+def _refuse_no_rows(path: PathLike) -> NoReturn:
+    raise ValueError(f"data must have at least one row; {os.fspath(path)!r} has none")
+
+
+@contextlib.contextmanager
+def _reading(problem: str) -> Iterator[None]:
+    """Name what cannot be read.
+
+    The libraries raise anything where a file is bad, KeyError and StopIteration too, and seldom
+    with its name.
+
+    Raises:
+        ImportError: the library's own, which says what to install.
+        ValueError: in the place of everything else.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        kind = "" if isinstance(cause, (ValueError, OSError)) else f"{type(cause).__name__}: "
+        raise ValueError(f"{problem}: {kind}{cause}") from error
+
+
+def _refuse_other_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(1, device=device).cpu()  # "meta" has nothing to give
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be one that torch has here, such as 'cpu'; got {str(device)!r}: {error}"
+        ) from error
+
+
+def _refuse_no_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Refuse a tokenizer without its files: transformers makes one that knows no word."""
+    names = [*getattr(tokenizer, "vocab_files_names", {}).values()]
+    if names and not any((folder / name).is_file() for name in (*names, *_VOCABULARIES)):
+        raise FileNotFoundError(
+            f"model {os.fspath(folder)!r} must have its tokenizer beside it, as the tokenizer's "
+            f"save_pretrained writes it; there is no {' or '.join(names)}"
+        )
 
 
 def _require(package: str) -> Any:

@@ -15,7 +15,7 @@ from fishfast.compact import CompactParameter, tap, untap
 from fishfast.compact_target import Target
 from fishfast.mask import SparseMask
 from fishfast.masters import parameters_in_order
-from fishfast.targets import find_targets, selected_values
+from fishfast.targets import find_targets, refuse_later_ties, selected_values
 from fishfast.tuning import SparseTuning
 
 __all__ = ["remask"]
@@ -51,14 +51,17 @@ def remask(
     model, olds = tuned.model, list(tuned.parameters())
     if not olds:
         raise RuntimeError("the model has no mask now; leave the released() block first")
+    refuse_later_ties(model)
     mask.check_fits(model)
     targets = find_targets(model, mask)
     _refuse_unwritten(tuned)
 
     union = _union(tuned.trained_mask, mask)
     base, base_values = tuned.base, tuned.base_values
+    if union != tuned.trained_mask or on_leave == "restore":
+        # Or a weight that changed unnoticed would be taken for the base's, or get another base's.
+        tuned.identify()
     if union != tuned.trained_mask:
-        tuned.identify()  # or a weight that changed unnoticed would be taken for the base's
         base = replace(BaseIdentity.of(model, union), buffers=base.buffers)
         base_values = _base_values(tuned, union)
     moves = _moves(model, olds, targets)
@@ -238,12 +241,17 @@ class _Handover:
         successors = {id(move.old): move.new for move in self.moves if move.old is not None}
         gone = {id(old) for old in self.olds}
         order = {id(p): position for position, p in enumerate(model.parameters())}
+        names = {id(p): name for name, p in model.named_parameters()}
         for index, group in enumerate(groups):
             follow = [successors.get(id(p), p) for p in group["params"]]
+            if "param_names" in group:  # of named parameters: who follows keeps what it was called
+                names |= zip(map(id, follow), group["param_names"], strict=True)
             follow = [p for p in follow if id(p) not in gone]
             follow += [m.new for m in self.moves if self.group_of.get(id(m.new)) == index]
             # As a new optimizer over tuned.parameters() has them: states load by position.
             group["params"] = sorted(follow, key=lambda p: order.get(id(p), len(order)))
+            if "param_names" in group:
+                group["param_names"] = [names[id(p)] for p in group["params"]]
         for move in self.moves:
             before = state.get(move.old, {}) if move.old is not None else {}
             if before and bool(move.stays.any()):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fishfast._files import PathLike
+from fishfast._files import PathLike, refuse_no_file
 
 __all__ = ["DTYPES", "StoredTensor", "identity_of", "open_tensors"]
 
@@ -125,6 +125,7 @@ def open_tensors(path: PathLike) -> tuple[dict[str, StoredTensor], dict[str, str
             does not have.
     """
     text = os.path.abspath(os.fspath(path))
+    refuse_no_file(text)
     identity = identity_of(os.stat(text))
     try:
         with safe_open(text, framework="pt") as file:  # refuses what is not whole and consistent

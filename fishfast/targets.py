@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fishfast.compact import VALUES_SUFFIX, CompactParameter
+from fishfast.compact import VALUES_SUFFIX, CompactParameter, compact_parameters
 from fishfast.compact_target import Target
 from fishfast.mask import SparseMask
 
-__all__ = ["find_targets", "selected_values"]
+__all__ = ["find_targets", "refuse_later_ties", "selected_values"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,6 +77,34 @@ def _check_weight(name: str, weight: Tensor) -> None:
             raise ValueError(f"masked weights must not overlap in memory; {name!r} does")
     if strides and strides[0][0] == 0:
         raise ValueError(f"masked weights must not be expanded; {name!r} has stride 0")
+
+
+def refuse_later_ties(model: nn.Module) -> None:
+    """Refuse masked weights that further modules hold now: their gradients do not arrive.
+
+    Args:
+        model: tuned.
+
+    Raises:
+        RuntimeError: names the weight and a module that got it after `train_only`.
+    """
+    masked = {
+        id(parameter.target.weight()): parameter.target
+        for _, parameter in compact_parameters(model)
+    }
+    for prefix, module in model.named_modules():
+        for own_name, parameter in module._parameters.items():
+            target = masked.get(id(parameter))
+            if target is None or any(
+                module is owner and own_name == name for owner, name in target.owners
+            ):
+                continue
+            later = f"{prefix}.{own_name}".removeprefix(".")
+            raise RuntimeError(
+                f"weights must be tied before train_only; {later!r} was tied to {target.name!r} "
+                "after it, and its part of the gradient is missing; release(), tie them and call "
+                "train_only again"
+            )
 
 
 def selected_values(model: nn.Module, mask: SparseMask) -> dict[str, Tensor]:

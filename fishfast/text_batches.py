@@ -83,6 +83,11 @@ class _Collate:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         columns = [[_text(row, name) for row in rows] for name in self.texts]
         batch = dict(self._tokens(*columns))
+        if batch["input_ids"].numel() == 0:  # which models fail on without naming a row
+            raise ValueError(
+                f"texts must have tokens; row {rows[0]['row number']} has {columns[0][0]!r} in "
+                f"{self.texts[0]!r}, and its batch has no other; leave such rows out"
+            )
         if self.task == "tokens":
             counted = batch["attention_mask"].bool()
             batch["labels"] = batch["input_ids"].masked_fill(~counted, IGNORED)
@@ -144,8 +149,9 @@ def _task(model: nn.Module) -> str:
 def _label_column(rows: Rows, given: str | None) -> str:
     name = given or next((n for n in ("label", "labels") if n in rows.columns), None)
     if name not in rows.columns:
+        rule = "be" if given else "be given unless one is called label or labels:"
         raise ValueError(
-            f"label_column must be one of {', '.join(map(repr, rows.columns))}; got {name!r}"
+            f"label_column must {rule} one of {', '.join(map(repr, rows.columns))}; got {name!r}"
         )
     return str(name)
 

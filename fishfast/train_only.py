@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fishfast._lazy import refuse_lazy
 from fishfast.base_identity import BaseIdentity
 from fishfast.compact import compact_parameters, tap, untap
 from fishfast.mask import SparseMask
@@ -34,7 +35,7 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
     Raises:
         TypeError: ``mask`` is not a `SparseMask`, or ``model`` no module, or a scripted one.
         ValueError: a mask that selects nothing or does not fit the model, a weight whose dtype or
-            memory cannot be trained so. The model is left as it was.
+            memory cannot be trained so, or that is lazy. The model is left as it was.
         RuntimeError: the model has a mask already, or the call is in inference mode.
 
     Example:
@@ -57,11 +58,14 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
         raise ValueError("mask must select at least one weight; got an empty mask")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("train_only must not be called in inference mode; its tensors would be")
+    refuse_lazy(model)
     mask.check_fits(model)
     targets = find_targets(model, mask)
     base = BaseIdentity.of(model, mask)
 
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    trainable = {
+        name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
+    }
     frozen = list(model.parameters())
     try:
         for target in targets:

@@ -22,7 +22,7 @@ from fishfast.compact import (
 )
 from fishfast.mask import SparseMask
 from fishfast.masters import add_masters, parameters_in_order, take_masters
-from fishfast.targets import selected_values
+from fishfast.targets import refuse_later_ties, selected_values
 
 __all__ = ["Attachment", "SparseTuning"]
 
@@ -80,7 +80,11 @@ class SparseTuning:
 
         On ``rows`` (linear, convolution and embedding layers) no dense gradient is made; on the
         ``tap`` it lives for a moment. A weight of several modules may have both.
+
+        Raises:
+            RuntimeError: a weight was tied or untied after `train_only`.
         """
+        refuse_later_ties(self.model)
         rows = [
             (
                 name.removesuffix(VALUES_SUFFIX), str(p.target.weight().dtype), f"{len(p):,}",
@@ -230,8 +234,9 @@ class SparseTuning:
                 values were not written into the weights. Nothing was changed.
 
         Note:
-            A mask with weights that no mask had before costs two hashes of the model (about 1 GB/s
-            a core), so that deltas still name the base.
+            ``"restore"`` costs a hash of the model (about 1 GB/s a core), so that no other base's
+            values are put back; a mask with weights that no mask had before costs two, so that
+            deltas still name the base.
 
         Example:
             >>> import torch, fishfast as ff
@@ -258,25 +263,32 @@ class SparseTuning:
             RuntimeError: names, shapes, dtypes or ties, or weights outside all masks so far, are
                 not those of the base.
         """
+        refuse_later_ties(self.model)
         now = BaseIdentity.of(self.model, self.trained_mask)
         if (now.structure, now.ties) != (self.base.structure, self.base.ties):
             raise RuntimeError(
-                "the model's dtypes, shapes or ties changed since train_only, so the delta would "
-                "fit no base; convert the model before train_only"
+                "the model's names, dtypes, shapes or ties changed since train_only, so the delta "
+                "would fit no base; convert the model before train_only"
             )
         if now.weights != self.base.weights:
             raise RuntimeError(
                 "weights outside the mask changed since train_only, so the delta would not give "
                 "this model again; put what else is trained into the mask (keep=), or, if another "
-                "base checkpoint was loaded, call tuned.rebase() right after loading it"
+                "base checkpoint was loaded or DistributedDataParallel sent another rank's weights "
+                "here, call tuned.rebase() right after"
             )
         return now
 
     def rebase(self) -> None:
         """Take the model's present state as the base that deltas name.
 
-        Call it after loading another base checkpoint into a tuned model, before training goes on.
+        Call it after loading another base checkpoint into a tuned model, or wrapping in
+        DistributedDataParallel one whose weights were not those of rank 0; before training goes on.
+
+        Raises:
+            RuntimeError: a weight was tied or untied after `train_only`. Nothing was changed.
         """
+        refuse_later_ties(self.model)
         for parameter in self.parameters():
             parameter.follow_()
         self.base = BaseIdentity.of(self.model, self.mask)
@@ -290,18 +302,26 @@ class SparseTuning:
             The model with its trained weights in place and requires_grad as before `train_only`.
         """
         held = list(self.parameters())
-        flags = {p: p.requires_grad for p in self.model.parameters() if p not in set(held)}
+        flags = {
+            name: p.requires_grad
+            for name, p in self.model.named_parameters(remove_duplicate=False)
+            if not isinstance(p, CompactParameter)
+        }
         try:
             yield SparseTuning.release(self)  # not what a subclass adds
         finally:
             for parameter in held:
                 tap(parameter.target, parameter)
-            for weight, flag in flags.items():
-                weight.requires_grad_(flag)
+            for name, weight in self.model.named_parameters(remove_duplicate=False):
+                weight.requires_grad_(flags.get(name, weight.requires_grad))
 
     def release(self) -> nn.Module:
-        """Give the plain module back: trained weights in place, requires_grad as it was."""
+        """Give the plain module back: trained weights in place, requires_grad as it was.
+
+        Returns:
+            The model. Its optimizer refuses to step from here on, fishfast's or an attached one.
+        """
         untap(self.model)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(self._trainable.get(name, parameter.requires_grad))
         return self.model

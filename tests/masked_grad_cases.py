@@ -30,6 +30,12 @@ def channels_last() -> nn.Module:
     return nn.Conv2d(6, 10, 3).to(memory_format=torch.channels_last)
 
 
+def padded_from_the_end() -> nn.Module:
+    layer = nn.Embedding(23, 11)
+    layer.padding_idx = int(TOKENS[0, 0]) - 23  # set by hand, as the constructor counts it up
+    return layer
+
+
 LINEAR: dict[str, Case] = {
     "linear": (lambda: nn.Linear(37, 29), ROWS),
     "linear, no bias": (lambda: nn.Linear(37, 29, bias=False), ROWS),
@@ -89,6 +95,7 @@ EMBEDDING: dict[str, Case] = {
         lambda: nn.Embedding(2003, 11, padding_idx=87 * int(TOKENS[0, 0])),
         TOKENS * 87,
     ),
+    "embedding, padding from the end": (padded_from_the_end, TOKENS),
     "embedding, max_norm": (lambda: nn.Embedding(23, 11, max_norm=1.5, norm_type=1.0), TOKENS),
     "embedding, sparse": (lambda: nn.Embedding(23, 11, sparse=True), TOKENS),
 }

@@ -17,11 +17,11 @@ from compare import main  # noqa: E402
 MACHINE = {"device": "a card", "driver": "1", "threads": 2, "rehearsal": False, "commit": "abc"}
 
 
-def file_of(folder, name, times, raw=False, **machine):
+def file_of(folder, name, times, raw=False, labels=None, **machine):
     """Write figures as they are kept, or as pytest-benchmark writes them."""
     cases = []
     for case, (p20, median, p80) in times.items():
-        figures = {"median_us": median, "p20_us": p20, "p80_us": p80}
+        figures = {"median_us": median, "p20_us": p20, "p80_us": p80, **(labels or {})}
         cases.append({"name": case, **({"extra_info": figures} if raw else figures)})
     path = folder / name
     path.write_text(json.dumps({"machine": {**MACHINE, **machine}, "benchmarks": cases}))
@@ -42,7 +42,7 @@ def test_what_got_slower_is_first_and_fails(tmp_path, raw):
     assert result.exit_code == 1
     lines = result.output.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["b", "a", "c"]
-    assert lines[2].split()[1:] == ["10", "20", "2.00", "slower"]
+    assert lines[2].split()[1:] == ["10.0", "us", "20.0", "us", "2.00", "slower"]
     assert lines[3].endswith("same")
     assert lines[4].endswith("faster")
     assert lines[-1] == "1 of 3 cases slower"
@@ -65,13 +65,74 @@ def test_a_smaller_tolerance_is_stricter(tmp_path):
     assert run(old, new, "--tolerance", "0.02").exit_code == 1
 
 
-def test_other_machines_and_cases_are_named(tmp_path):
+def test_what_one_file_lacks_is_named(tmp_path):
     old = file_of(tmp_path, "old.json", {"a": (1, 1, 1), "gone": (1, 1, 1)})
-    new = file_of(tmp_path, "new.json", {"a": (1, 1, 1), "added": (1, 1, 1)}, device="another")
+    new = file_of(tmp_path, "new.json", {"a": (1, 1, 1), "added": (1, 1, 1)})
     output = run(old, new).output
-    assert "not alike: device a card / another" in output
     assert "not in new.json: gone" in output
     assert "not in old.json: added" in output
+
+
+def test_a_machine_that_is_slower_is_told_from_code_that_is(tmp_path):
+    old = file_of(tmp_path, "old.json", {"a": (9, 10, 11)}, labels={"floor_us": 4.0})
+    slow = file_of(tmp_path, "slow.json", {"a": (19, 20, 21)}, labels={"floor_us": 8.0})
+    code = file_of(tmp_path, "code.json", {"a": (19, 20, 21)}, labels={"floor_us": 4.1})
+    same = run(old, slow)
+    assert same.exit_code == 0
+    assert same.output.splitlines()[2].split()[-5:] == ["2.00", "slower,", "as", "its", "floor"]
+    assert run(slow, old).output.splitlines()[2].endswith("  faster, as its floor")
+    assert run(old, code).exit_code == 1
+    assert run(old, code).output.splitlines()[2].endswith("slower")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("device", "another", "device: a card / another"),
+        ("threads", 1, "threads: 2 / 1"),
+        ("rehearsal", True, "rehearsal: False / True"),
+    ],
+)
+def test_times_of_unlike_machines_are_refused(tmp_path, key, value, words):
+    old = file_of(tmp_path, "old.json", {"a": (1, 1, 1)})
+    new = file_of(tmp_path, "new.json", {"a": (2, 2, 2)}, **{key: value})
+    result = run(old, new)
+    assert result.exit_code == 2
+    assert f"not of one machine and size ({words})" in result.output
+    assert "slower" not in result.output
+    result = run(old, new, "--anyway")
+    assert result.exit_code == 1
+    assert result.output.startswith(f"not alike: {words}\n")
+
+
+def test_versions_are_named_and_compared(tmp_path):
+    """One file may be older than a key: then it is "not told"."""
+
+    def runs(implementation):
+        return {"version": "0.1.0", "operations": {"fisher": {"cpu": implementation}}}
+
+    times = {"a": (1, 1, 1)}
+    old = file_of(tmp_path, "old.json", times, torch="2.11", peers={"peft": "1", "opacus": "1"},
+                  fishfast=runs("torch"))  # fmt: skip
+    new = file_of(tmp_path, "new.json", times, torch="2.13", peers={"peft": "2", "opacus": "1"},
+                  fishfast=runs("cpu"), set="cpu")  # fmt: skip
+    result = run(old, new)
+    assert result.exit_code == 0
+    assert result.output.splitlines()[:4] == [
+        "not alike: set: not told / cpu", "not alike: torch: 2.11 / 2.13",
+        "not alike: fisher on cpu: torch / cpu", "not alike: version of peft: 1 / 2",
+    ]  # fmt: skip
+
+
+def test_another_dtype_or_size_is_no_comparison(tmp_path):
+    labels = {"stage": "fisher", "case": "BERT", "contender": "loop", "num_samples": 32}
+    times = {"x": (1, 1, 1)}
+    old = file_of(tmp_path, "old.json", times, labels={**labels, "dtype": "float32"})
+    new = file_of(tmp_path, "new.json", times, labels={**labels, "dtype": "bfloat16"})
+    result = run(old, new)
+    assert result.exit_code == 2
+    assert "not the same work: fisher: BERT, loop: dtype float32 / bfloat16" in result.output
+    assert "old.json and new.json have no case in common" in result.output
 
 
 def test_a_file_without_figures_is_refused(tmp_path):
@@ -79,7 +140,7 @@ def test_a_file_without_figures_is_refused(tmp_path):
     bad = tmp_path / "bad.json"
     bad.write_text("[]")
     result = run(old, str(bad))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "has no benchmark figures" in result.output
 
 
@@ -88,3 +149,12 @@ def test_the_committed_figures_equal_themselves():
     assert kept
     for path in kept:
         assert run(str(path), str(path)).exit_code == 0
+
+
+def test_the_committed_files_are_no_pair():
+    """One thread over 4 batches, two threads over 16."""
+    kept = [str(BENCH / "results" / f"fisher-amd-epyc-{n}.json") for n in ("1-thread", "2-threads")]
+    assert "threads: 1 / 2" in run(*kept).output
+    result = run(*kept, "--anyway")
+    assert result.exit_code == 2
+    assert "BERT 4x512 T=128 B=8 fp32, fishfast: num_samples 32 / 128" in result.output

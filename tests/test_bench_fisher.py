@@ -33,9 +33,9 @@ class _Benchmark:
         self.extra_info: dict[str, Any] = {}
         self.rounds = 0
 
-    def pedantic(self, run: Any, rounds: int) -> None:
+    def pedantic(self, call: Any, args: Any = (), rounds: int = 1) -> Any:
         self.rounds += rounds
-        run()
+        return call(*args)
 
 
 @pytest.fixture
@@ -149,8 +149,12 @@ def test_a_right_contender_gets_a_line(
     assert figures["relative_error"] < 1e-5
     weights = sum(p.nbytes for p in workload.model.parameters())
     assert figures["peak_bytes"] > 1.5 * weights  # the weights and something as large beside them
-    samples = workload.head if contender == "batch-1 loop" else workload
+    samples = workload if contender == "fishfast" else workload.head
     assert figures["num_samples"] == samples.num_samples
+    # The last layer alone: forward, its input's and its weight's gradient.
+    last = workload.model[-1].weight.numel()
+    assert figures["flops"] > 3 * 2 * last * figures["num_samples"]
+    assert figures["bytes"] > 2 * weights
 
 
 @pytest.mark.parametrize("peer", ["torch.func vmap", "Opacus", "BackPACK"])
@@ -169,6 +173,17 @@ def test_a_peer_agrees_or_says_why_not(bench: Any, model: str, peer: str) -> Non
     else:
         _, scores = baselines.prepare(peer, workload)
         assert baselines.check(peer, workload, scores) < 1e-5
+
+
+def test_a_small_vit_is_scored(bench: Any) -> None:
+    """On a GPU it is ViT-L; no smaller set has one."""
+    pytest.importorskip("transformers", reason="the models are those of transformers")
+    sizes = {"layers": 1, "hidden": 16, "heads": 2, "side": 32, "batch_size": 2, "batches": 2}
+    workload = bench("fisher_models").build("vit", _CPU, torch.float32, **sizes)
+    baselines = bench("fisher_baselines")
+    _, scores = baselines.prepare("fishfast", workload)
+    assert baselines.check("fishfast", workload, scores) < 1e-5
+    assert workload.title == "ViT 1x16 32px B=2 fp32"
 
 
 def test_a_peer_that_is_not_installed_is_skipped_by_name(
@@ -220,6 +235,32 @@ def test_a_wrong_kernel_gets_no_figure(bench: Any, add: Any) -> None:
             check(*arguments)
 
 
+def test_a_wrong_primitive_is_not_printed(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    module, name = bench("bench_fisher_kernel"), "linear-24x16-T4"
+    case, dtype = module._made.__wrapped__(name, _CPU)
+    case.contenders["fishfast"] = lambda score: score.add_(1)
+    monkeypatch.setattr(module, "_made", lambda *_: (case, dtype))
+    benchmark = _Benchmark()
+    with pytest.raises(bench("fisher_baselines").WrongScores, match="^fishfast is wrong on linear"):
+        module.bench_kernel(benchmark, "fishfast", name, _CPU)
+    assert capsys.readouterr().out == ""
+    assert (benchmark.extra_info, benchmark.rounds) == ({}, 0)
+
+
+def test_a_wrong_score_is_not_on_a_sweep(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pytest.importorskip("transformers", reason="the BERT is that of transformers: not installed")
+    _plant(bench, monkeypatch, "fishfast", _square_of_the_batch)
+    benchmark = _Benchmark()
+    with pytest.raises(bench("fisher_baselines").WrongScores, match="^fishfast is wrong on BERT"):
+        bench("bench_fisher_sweep").bench_sweep(benchmark, "fishfast", 4, 2, _CPU)
+    assert capsys.readouterr().out == ""
+    assert (benchmark.extra_info, benchmark.rounds) == ({}, 0)
+
+
 def test_peak_memory_counts_what_is_held_at_once(bench: Any) -> None:
     def two_of_three() -> None:
         first = torch.ones(2**18)
@@ -229,6 +270,11 @@ def test_peak_memory_counts_what_is_held_at_once(bench: Any) -> None:
 
     peak = bench("harness").peak_bytes(two_of_three, _CPU)
     assert peak == pytest.approx(3 * 2**20, abs=2**10)  # MiB: second, the third, and their sum
+
+
+def test_flops_are_two_for_each_product(bench: Any) -> None:
+    left, right = torch.ones(3, 5), torch.ones(5, 7)
+    assert bench("harness").count_flops(lambda: left @ right) == 2 * 3 * 5 * 7
 
 
 def test_sizes_have_four_names(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

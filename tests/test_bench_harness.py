@@ -56,7 +56,9 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def benchmark() -> Any:
-    return SimpleNamespace(name="bench_x[1]", extra_info={}, pedantic=lambda run, **_: run())
+    return SimpleNamespace(
+        name="bench_x[1]", extra_info={}, pedantic=lambda call, args=(), **_: call(*args)
+    )
 
 
 def test_a_red_check_is_raised_before_anything_is_timed(harness: Any, capsys: Any) -> None:
@@ -134,7 +136,7 @@ def test_repeats_follow_the_time(harness: Any, us: float) -> None:
 
 def run_bench(folder: Path, **environment: str) -> tuple[dict[str, Any], str]:
     """Run a bench file beside copies of the shared modules; return its JSON and its output."""
-    for name in ("conftest", "harness", "clock", "floors", "machine"):
+    for name in ("conftest", "harness", "clock", "figures", "floors", "machine"):
         shutil.copy(BENCH / f"{name}.py", folder)
     (folder / "bench_sample.py").write_text(BENCH_FILE)
     config = "[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n"
@@ -170,24 +172,59 @@ def test_a_run_keeps_figures_and_names_what_has_none(tmp_path: Path) -> None:
     assert content["machine"]["commit"] == "abc1234"
     assert content["machine"]["rehearsal"] is True
     assert "extension" not in content["machine"]["fishfast"]  # a path
-    lines = [line for line in output.splitlines() if " us " in line]
-    assert len(lines) == 4
-    assert not any("broken" in line for line in lines)
+    assert 0 <= content["machine"]["others_percent"] <= 100
+    printed = [" ".join(line.split()) for line in output.splitlines()]
+    assert len([line for line in printed if " us " in line]) == 4
+    assert not any(" us " in line for line in printed if line.startswith("broken "))
+    assert "absent, n=10: skipped: needs peft, not installed" in printed
+    assert any(
+        line.startswith("broken, size 10: FAILED: harness.WrongResult: broken on n=10 is wrong")
+        for line in printed
+    )
 
 
-def test_each_file_has_its_share_of_the_time(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one leaves, those after it have; what the first takes too long, they do not lose."""
-    monkeypatch.setenv("FISHFAST_BENCH_SECONDS", "90")
+def conftest_module() -> Any:
     spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
     assert spec is not None
     assert spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
+    return conftest
+
+
+def test_each_file_has_its_share_of_the_time(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one leaves, those after it have; what the first takes too long, they do not lose."""
+    monkeypatch.setenv("FISHFAST_BENCH_SECONDS", "90")
+    conftest = conftest_module()
     run = conftest._Run()
-    files = ["sparse_adam", "topk_mask", "train_step"]
+    files = ["sparse_adam", "topk_mask", "masked_grad"]
     run.counts, run.start = dict.fromkeys(files, 5), 1000.0
     for now, spent in ((29.0, []), (31.0, ["sparse_adam"]), (61.0, files[:2]), (91.0, files)):
         monkeypatch.setattr(conftest.time, "monotonic", lambda now=now: 1000 + now)
         assert [file for file in files if run.spent(file)] == spent
     monkeypatch.delenv("FISHFAST_BENCH_SECONDS")
     assert not conftest._Run().spent("anything")
+
+
+def test_a_comparison_is_not_cut_in_half(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file's share may end in the middle; the whole time may not."""
+    monkeypatch.setenv("FISHFAST_BENCH_SECONDS", "90")
+    conftest = conftest_module()
+    run = conftest._Run()
+    run.counts, run.start = dict.fromkeys(["topk_mask", "masked_grad"], 5), 1000.0
+    skipped = []
+    for now, case in ((1, "a"), (44, "b"), (46, "b"), (47, "c"), (48, "c"), (91, "c")):
+        monkeypatch.setattr(conftest.time, "monotonic", lambda now=now: 1000.0 + now)
+        skipped.append(run.no_time("topk_mask", case))
+    assert skipped == [False, False, False, True, True, True]
+    monkeypatch.setattr(conftest.time, "monotonic", lambda: 1060.0)
+    assert not run.no_time("masked_grad", "d")
+    monkeypatch.setattr(conftest.time, "monotonic", lambda: 1091.0)
+    assert run.no_time("masked_grad", "d")
+
+
+def test_what_readme_carries_runs_first(harness: Any) -> None:
+    conftest = conftest_module()
+    files = {f.stem.removeprefix("bench_") for f in BENCH.glob("bench_*.py")}
+    assert list(conftest._SHARES)[:2] == ["fisher", "train_step"]
+    assert set(conftest._SHARES) == files

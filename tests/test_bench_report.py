@@ -98,15 +98,17 @@ def test_the_floor_is_marked_and_wins_nothing(tmp_path):
 def test_what_has_no_figure_is_named(tmp_path):
     figures = topk(1000, 5.0, 6.0) + topk(2000, 5.0, 6.0)[:1]
     gone = {"stage": "train_step", "case": "BERT", "contender": "LoRA", "reason": "needs peft"}
-    late = {"stage": "topk_mask", "case": "2000, 20", "contender": "slow", "reason": "no time left"}
+    late = {"stage": "topk_mask", "case": "2000, 20", "contender": "slow", "reason": ""}
     figures.append(figure("topk_mask", "n=1000", "slow", 7.0))
+    late = {**late, "reason": "no time left of 5 s"}
     wrong = {"stage": "topk_mask", "case": "n=1", "contender": "CUB", "reason": "it is wrong"}
-    text, _ = report(
-        tmp_path, figures, skipped=[gone, {**gone, "case": "ViT"}, late], failed=[wrong]
-    )
-    assert "No figure: failed:\n\n- CUB: it is wrong\n" in text
-    assert "Not measured:\n\n- LoRA, 2 cases: needs peft\n" in text
-    assert "Not measured:\n\n- slow: no time left\n" in text
+    skipped = [gone, {**gone, "case": "ViT"}, late, {**late, "contender": "CUB"}]
+    skipped.append({**late, "case": "3000, 20"})
+    text, _ = report(tmp_path, figures, skipped=skipped, failed=[wrong])
+    assert "No figure: failed:\n\n- CUB on n=1: it is wrong\n" in text
+    assert "Not measured:\n\n- LoRA on BERT; ViT: needs peft\n" in text
+    # By case: a time limit is no contender's fault.
+    assert "Not measured:\n\n- 2 cases, no time left of 5 s: 2000, 20; 3000, 20\n" in text
     assert "Not in this file:\n\n- torch.topk: n=2000\n" in text
 
 
@@ -148,6 +150,36 @@ def test_a_line_joins_what_differs_in_n_alone(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_file_without_sweeps_says_so_in_one_line(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib: not installed")
+    text, printed = report(tmp_path, topk(1000, 5.0, 6.0))
+    line = "all plots: not drawn: no sweep over n, density, T or B and no training step here"
+    assert text.endswith(f"## Plots\n\n- {line}\n")
+    assert printed.count("not drawn") == 1
+
+
+def test_contenders_are_compared_by_their_multiples_of_the_floor(tmp_path):
+    """The machine was half as fast while fishfast ran: its time is longer, its multiple is not."""
+    rows_of = [figure("masked_grad", "linear", "fishfast", 300.0, times_floor=1.5),
+               figure("masked_grad", "linear", "other", 200.0, times_floor=3.0)]  # fmt: skip
+    text, _ = report(tmp_path, rows_of)
+    assert [row[1:6:2] + row[5:6] for row in rows(text)] == [
+        ["**fishfast**", "**300 us**", "", ""], ["other", "200 us", "2.00", "2.00"],
+    ]  # fmt: skip
+
+
+def test_memory_of_the_process_goes_before_the_allocators(tmp_path):
+    text, _ = report(tmp_path, [figure("topk_mask", "n", "torch.topk", 5.0, resident_bytes=2**30)])
+    assert rows(text)[0][-1] == "1.00 GiB"
+
+
+@pytest.mark.parametrize(("percent", "said"), [(31.4, True), (2.0, False)])
+def test_a_busy_machine_is_told(tmp_path, percent, said):
+    text, _ = report(tmp_path, topk(1000, 5.0, 6.0), machine={"others_percent": percent})
+    words = "**Other processes, compilers included, took 31 % of the cores: not a quiet machine.**"
+    assert (words in text) is said
+
+
 def test_without_matplotlib_the_tables_stay(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -173,5 +205,5 @@ def test_kept_files_give_tables(file, tmp_path):
 def test_a_file_without_figures_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1}')
     result = CliRunner().invoke(main, [str(tmp_path / "x.json")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "x.json has no benchmark figures" in result.output

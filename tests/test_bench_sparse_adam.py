@@ -37,7 +37,9 @@ def contenders(module: ModuleType) -> ModuleType:
 
 def _run(module: ModuleType, contender: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    benchmark = SimpleNamespace(name="case", extra_info=figures, pedantic=lambda run, **_: run())
+    benchmark = SimpleNamespace(
+        name="case", extra_info=figures, pedantic=lambda call, args=(), **_: call(*args)
+    )
     module.bench_step(benchmark, contender, module.Problem(10_000, 0.005, 3, dtype), _CPU)
     return figures
 

@@ -25,7 +25,9 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def _benchmark() -> Any:
-    return SimpleNamespace(name="case", extra_info={}, pedantic=lambda run, **_: run())
+    return SimpleNamespace(
+        name="case", extra_info={}, pedantic=lambda call, args=(), **_: call(*args)
+    )
 
 
 def _run(module: ModuleType, contender: str, values: str, **options: Any) -> dict[str, Any]:
@@ -122,3 +124,29 @@ def test_memory_of_the_process_counts_what_torch_does_not_allocate(module: Modul
         pytest.skip("this system does not say what a process holds")
     assert found == pytest.approx(size, abs=2**22)  # Linux counts pages in batches
     assert module.resident_beyond(lambda: None) < 2**22
+
+
+def test_models_have_their_number_of_weights(module: ModuleType) -> None:
+    shapes = importlib.import_module("shapes")
+    known = {  # as published with the models
+        "ResNet-50": (25_557_032, 161), "BERT-base": (109_482_240, 199),
+        "BERT-large": (335_141_888, 391), "ViT-L": (304_326_632, 392),
+        "Llama 1B": (1_100_048_384, 201), "Llama 8B": (8_030_261_248, 291),
+    }  # fmt: skip
+    found = {name: shapes.parameter_sizes(name) for name in shapes.MODELS}
+    assert {name: (sum(sizes), len(sizes)) for name, sizes in found.items()} == known
+
+
+def test_scores_of_a_model_and_of_many_tensors(module: ModuleType) -> None:
+    problem = module._of_model("ResNet-50")
+    assert str(problem) == "lognormal, ResNet-50, n=25,557,032, 0.5 %, 161 tensors, fp32"
+    many = module._scores.__wrapped__(module.Problem("all equal", 10**5, num_tensors=10_000), _CPU)
+    sizes = [len(score) for score in many.values()]
+    assert (len(sizes), sum(sizes), min(sizes)) == (10_000, 10**5, 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(10**7, "1e7"), (5 * 10**5, "5e5"), (2**25, "2^25"), (123_456, "123,456")]
+)
+def test_titles_say_numbers_exactly(module: ModuleType, number: int, name: str) -> None:
+    assert importlib.import_module("shapes").count(number) == name

@@ -33,7 +33,9 @@ def contenders(module: ModuleType) -> ModuleType:
 
 def _run(module: ModuleType, contender: str, case: str = "bert") -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    benchmark = SimpleNamespace(name="case", extra_info=figures, pedantic=lambda run, **_: run())
+    benchmark = SimpleNamespace(
+        name="case", extra_info=figures, pedantic=lambda call, args=(), **_: call(*args)
+    )
     module.train_and_record(benchmark, contender, case, _CPU)
     return figures
 

@@ -41,6 +41,17 @@ def test_apply_equals_the_library(dtype: torch.dtype, kept: str, tmp_path: Path)
     assert done.num_selected == tuned.num_selected
 
 
+def test_the_same_base_and_delta_give_the_same_bytes(path: Path, tmp_path: Path) -> None:
+    """Of a header with many entries too, which are read in another order every time."""
+    metadata = {f"entry {number}": "x" for number in range(20)}
+    save_file(checkpoint_of(Net()), tmp_path / "base", metadata)
+    contents = set()
+    for _ in range(3):
+        ff.apply_to_checkpoint(tmp_path / "base", path, tmp_path / "out")
+        contents.add((tmp_path / "out").read_bytes())
+    assert len(contents) == 1
+
+
 def test_what_only_the_delta_has_is_added_and_what_only_the_base_has_is_kept(
     tmp_path: Path,
 ) -> None:

@@ -129,7 +129,7 @@ def edit_index(**changes: Any) -> Callable[[Path], None]:
 
 
 def drop_shard(folder: Path) -> None:
-    (folder / "model-00002-of-00002.safetensors").unlink()
+    (folder / SECOND).unlink()
 
 
 def repeat_tensor(folder: Path) -> None:
@@ -137,9 +137,16 @@ def repeat_tensor(folder: Path) -> None:
     save_file(load_file(path) | {"again.bias": torch.zeros(1)}, path)
 
 
-FIRST = "model-00001-of-00002.safetensors"
-BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
-    "no shard": (drop_shard, FileNotFoundError, "model-00002-of-00002"),
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "no shard": (
+        drop_shard, FileNotFoundError,
+        r"index.json' names 'model-00002-of-00002.safetensors', which must be beside it",
+    ),
+    "a folder for a shard": (
+        lambda folder: (drop_shard(folder), (folder / SECOND).mkdir()),
+        ValueError, "00002-of-00002.safetensors' must be a regular file",
+    ),
     "tensor twice": (repeat_tensor, ValueError, "must hold every tensor once; 'again.bias' is in"),
     "other place": (
         edit_index(weight_map={"again.bias": FIRST, "nowhere": FIRST}),
@@ -147,6 +154,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     ),
     "no map": (edit_index(weight_map=None), ValueError, "is a broken index"),
     "map to a number": (edit_index(weight_map={"a": 1}), ValueError, "is a broken index"),
+    "map to nothing": (edit_index(weight_map={"a": ""}), ValueError, "must name files beside it"),
+    "map of nothing": (edit_index(weight_map={}), ValueError, "must name at least one tensor"),
     "map elsewhere": (edit_index(weight_map={"a": "../x"}), ValueError, "is a broken index"),
     "metadata a list": (edit_index(metadata=[]), ValueError, "is a broken index"),
     "no index": (

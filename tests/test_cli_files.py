@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -211,6 +212,29 @@ def test_scores_that_are_none(score_path: Path) -> None:
     assert "scores must be at least 0; 'z.weight' has -1.0" in failed(run("inspect", score_path))
 
 
+def test_a_device_is_no_file(path: Path, tmp_path: Path) -> None:
+    assert "'/dev/null' must be a regular file" in failed(run("inspect", "/dev/null"))
+    for base, delta in (("/dev/null", path), (path, "/dev/null")):
+        result = run("apply", base, delta, "-o", tmp_path / "out")
+        assert "'/dev/null' must be a regular file" in failed(result)
+
+
+def test_pictures_that_cannot_be_are_refused_before_the_file_is_read(
+    mask_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truncate(mask_path)
+    before = sorted(os.listdir(tmp_path))
+    for place, text in (
+        (tmp_path / "none" / "out.png", "must exist; create it first"),
+        ("/dev/null", "'/dev/null' must be a regular file or not exist"),
+    ):
+        assert text in failed(run("inspect", mask_path, "--png", place))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("inspect", mask_path, "--png", tmp_path / "out.png")
+    assert "pictures need matplotlib" in failed(result)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     result = run("inspect", tmp_path)
     assert result.exit_code == 2
@@ -282,6 +306,37 @@ def test_apply_refuses_in_one_line(path: Path, tmp_path: Path) -> None:
     assert "No such file or directory: '" in failed(run("apply", tmp_path / "no", *arguments[2:]))
     assert sorted(os.listdir(tmp_path)) == before
     succeeded(run(*arguments, "--no-check-base"))
+
+
+def test_diff_reads_nothing_for_a_place_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(place: Any, *_: Any) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", str(place))
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("the checkpoints are read")
+
+    monkeypatch.setattr(ff, "diff_checkpoints", read)
+    monkeypatch.setattr("fishfast._files.os.open", refuse)
+    result = run("diff", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out")
+    assert failed(result) == f"Error: Read-only file system: {str(tmp_path / 'out')!r}"
+
+
+def test_control_c_leaves_nothing(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    state = Net().state_dict()
+    del state["again.weight"]
+    save_file(state, tmp_path / "base")
+    before = sorted(os.listdir(tmp_path))
+    monkeypatch.setattr("fishfast.checkpoints.writing.raw_bytes", stop)
+    result = run("apply", tmp_path / "base", path, "-o", tmp_path / "out")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Stopped.\n")
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_progress_where_it_is_asked_for(path: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -11,9 +13,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from delta_damage import truncate
+from safetensors.torch import load_file, save_file
 
 import fishfast as ff
 from fishfast.cli import main
+from fishfast.fisher.engine.scorer import Scorer
+from fishfast.fisher.run import Run
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -247,6 +253,7 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
     "no label": ({"label": -1}, [], "row 0 has -1 in 'label'"),
     "unknown name": ({"label": "neutral"}, [], "row 0 has 'neutral' in 'label'"),
     "no text": ({"text": None, "other": "a"}, ["--text-column", "text"], "has None in 'text'"),
+    "no token": ({"text": " "}, [], "texts must have tokens; row 0 has ' ' in 'text'"),
     "two texts": ({"more": "b"}, [], "those with strings: 'text', 'more'"),
     "three texts": (
         {"x": "a", "y": "b"},
@@ -262,6 +269,8 @@ BAD: dict[str, tuple[Any, list[str], str]] = {
     ),
     "no folder": ({}, ["--resume", "/nowhere/f"], "the folder of '/nowhere/f' must exist"),
     "no architecture": ({}, ["--architecture", "BertForAnything"], "names 'BertForAnything'"),
+    "no model": ({}, ["--architecture", "BertConfig"], "must be a model of transformers"),
+    "no values": ({}, ["--device", "meta"], "device must be one that torch has here"),
     "another task": (
         {}, ["--architecture", "BertForMaskedLM"],
         "or an encoder-decoder of texts; got BertForMaskedLM",
@@ -288,12 +297,23 @@ def test_missing_models_data_and_packages(
     out = ["-o", tmp_path / "f"]
     (tmp_path / "data.xyz").write_text("")
     (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    datasets.Dataset.from_dict({"text": [], "label": []}).save_to_disk(tmp_path / "empty rows")
+    shutil.copytree(folder / "rows", tmp_path / "cut rows")
+    (arrow,) = (tmp_path / "cut rows").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
     for model, data, text in (
         ("none", "rows", "model must be a folder with a config.json"),
         ("bert", "none", "data must be a folder or file; there is no"),
         ("bert", "two", "split must be one of 'train', 'few'; got None"),
         ("bert", tmp_path / "data.xyz", "a file .jsonl, .json, .csv, .parquet, .txt; got"),
-        ("bert", tmp_path / "broken.jsonl", "is not a readable .jsonl file"),
+        ("bert", tmp_path / "broken.jsonl", "must be a .jsonl file with rows in it; '"),
+        ("bert", tmp_path / "empty.jsonl", "data must have at least one row; '"),
+        ("bert", tmp_path / "empty.csv", "must be a .csv file with rows in it; '"),
+        ("bert", tmp_path / "empty rows", "as save_to_disk writes it, with rows in it; '"),
+        ("bert", tmp_path / "cut rows", "as save_to_disk writes it, with rows in it; '"),
+        ("bert", tmp_path, "as save_to_disk writes it, with rows in it; '"),
     ):
         result = score(folder / model, folder / data, *out)
         assert result.exit_code == 1
@@ -305,6 +325,137 @@ def test_missing_models_data_and_packages(
         assert result.exit_code == 1
         assert f"needs {package}" in result.stderr
         assert 'pip install "fishfast[score]"' in result.stderr
+
+
+def edit_weights(model: Path) -> None:
+    state = load_file(model / "model.safetensors")
+    state["classifier.weight"] = torch.zeros(3, 16)
+    save_file(state, model / "model.safetensors", {"format": "pt"})
+
+
+MODEL_DAMAGE: dict[str, tuple[Any, str]] = {
+    "no tokenizer": (  # of which transformers makes one that knows no word
+        lambda model: [file.unlink() for file in model.glob("tokenizer*")],
+        "must have its tokenizer beside it, as the tokenizer's save_pretrained writes it; there is "
+        "no vocab.txt or tokenizer.json",
+    ),
+    "tokenizer": (
+        lambda model: (model / "tokenizer.json").write_text("{}"),
+        "the tokenizer of model '{model}' cannot be read: KeyError",
+    ),
+    "weights": (
+        lambda model: truncate(model / "model.safetensors"),
+        "the weights of model '{model}' cannot be read: SafetensorError",
+    ),
+    "other shape": (
+        edit_weights,
+        "the weights of model '{model}' must fit its config; 'classifier.weight' has shape (3, 16),"
+        " and the config asks for (2, 16)",
+    ),
+    "config": (
+        lambda model: (model / "config.json").write_text("{"),
+        "the config of model '{model}' cannot be read: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODEL_DAMAGE)
+def test_damaged_models_take_one_line(name: str, folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder / "bert", model)
+    damage, text = MODEL_DAMAGE[name]
+    damage(model)
+    result = score(model, folder / "rows", "-o", tmp_path / "f")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert text.format(model=model) in line
+
+
+def test_what_would_fail_after_hours_fails_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score_it(*_: Any, **__: Any) -> None:
+        raise AssertionError("the scoring has begun")
+
+    monkeypatch.setattr(ff, "estimate_fisher", score_it)
+    data, mask = folder / "rows", ["-o", tmp_path / "f", "--mask", tmp_path / "m", "--density"]
+    for options, text in (
+        ([*mask, 0.001, "--keep", "bert"], "k must cover the kept part; got k=2 for 2680 kept"),
+        ([*mask, 0.9, "--exclude", "bert"], "must not exceed the weights that are not excluded"),
+        (["-o", "/dev/null"], "'/dev/null' must be a regular file or not exist"),
+        (["-o", tmp_path / ("f" * 300)], "File name too long: '"),
+        (["-o", tmp_path / "f", "--device", "cuda:99"], "device must be one that torch has here"),
+    ):
+        result = score(folder / "bert", data, *options)
+        assert result.exit_code == 1
+        assert text in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+    def refuse(path: Any, *_: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("fishfast._files.os.open", refuse)
+    for options in (["-o", tmp_path / "f"], ["-o", tmp_path / "f", "--resume", tmp_path / "r"]):
+        result = score(folder / "bert", data, *options)
+        assert result.stderr == f"Error: Permission denied: {str(tmp_path / 'f')!r}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_control_c_leaves_what_the_next_run_needs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = folder / "bert", folder / "rows", "--batch-size", 2
+    succeeded(score(*run, "-o", tmp_path / "whole"))
+    add_batch, calls = Scorer.add_batch, []
+
+    def stopped(self: Scorer, *arguments: Any) -> Any:
+        calls.append(arguments)
+        found = add_batch(self, *arguments)
+        if len(calls) == 3:  # in the middle of the batch, as far as the run knows
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr("fishfast.fisher.run.Run.score", saving_at_once(Run.score))
+    monkeypatch.setattr(Scorer, "add_batch", stopped)
+    place = tmp_path / "running"
+    result = score(*run, "-o", tmp_path / "f", "--resume", place)
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"{place} has scores to go on from: run the same command again\nStopped.\n"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "running"}
+    assert ff.Fisher.load(place).num_samples == 4
+    monkeypatch.setattr(Scorer, "add_batch", add_batch)
+    succeeded(score(*run, "-o", tmp_path / "f", "--resume", place))
+    whole, resumed = ff.Fisher.load(tmp_path / "whole"), ff.Fisher.load(tmp_path / "f")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    monkeypatch.setattr(Scorer, "add_batch", stopped)
+    calls.clear()
+    result = score(*run, "-o", tmp_path / "none")
+    assert (result.exit_code, result.stderr) == (130, "Stopped.\n")
+    assert not (tmp_path / "none").exists()
+
+
+def saving_at_once(run: Any) -> Any:
+    """Save running scores after each batch, not every minute."""
+
+    def score_it(self: Run, *arguments: Any) -> None:
+        if self.running is not None:
+            self.running.every_seconds = 0
+        run(self, *arguments)
+
+    return score_it
+
+
+def test_equal_runs_are_equal_files(folder: Path, tmp_path: Path) -> None:
+    options = ["--mask", tmp_path / "m", "--density", 0.1]
+    contents = set()
+    for _ in range(2):
+        succeeded(score(folder / "bert", folder / "rows", "-o", tmp_path / "f", *options))
+        contents.add((tmp_path / "f").read_bytes() + (tmp_path / "m").read_bytes())
+    assert len(contents) == 1
 
 
 def test_outputs_are_files_of_their_own(folder: Path, tmp_path: Path) -> None:
@@ -321,6 +472,14 @@ def test_outputs_are_files_of_their_own(folder: Path, tmp_path: Path) -> None:
         assert "--out, --mask and --resume must be different files" in result.stderr
     assert (data.read_bytes(), weights.read_bytes()) == before
     assert not list(tmp_path.iterdir())
+
+
+def test_more_samples_than_rows_are_all_rows(folder: Path, tmp_path: Path) -> None:
+    run = folder / "bert", folder / "rows", "-o", tmp_path / "f", "--num-samples"
+    assert succeeded(score(*run, 7)).stderr == ""
+    result = succeeded(score(*run, 8))
+    assert result.stderr == f"note: {folder / 'rows'} has 7 rows; all of them are scored\n"
+    assert ff.Fisher.load(tmp_path / "f").num_samples == 7
 
 
 def test_options_that_need_each_other(folder: Path, tmp_path: Path) -> None:

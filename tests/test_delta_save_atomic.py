@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fishfast as ff
-from fishfast import _files
+from fishfast import _safetensors
 
 
 @pytest.mark.parametrize("failing", ["save_file", "chmod", "fsync", "replace"])
@@ -23,7 +23,7 @@ def test_failure_while_saving_keeps_the_old_file(
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(_files if failing == "save_file" else os, failing, fail)
+    monkeypatch.setattr(_safetensors if failing == "save_file" else os, failing, fail)
     with pytest.raises(OSError, match="no space"):
         ff.save_delta(tuned, path)
     monkeypatch.undo()
@@ -70,7 +70,7 @@ KILLER = """
 import os, random, signal, sys, time
 import torch
 import fishfast as ff
-from fishfast import _files
+from fishfast import _safetensors
 
 torch.set_num_threads(1)
 target = sys.argv[1]
@@ -114,7 +114,7 @@ def run(child, delay=None):
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
 
 
-points = [(_files, "save_file", 1), (os, "chmod", 1), (os, "fsync", 1), (os, "replace", 1),
+points = [(_safetensors, "save_file", 1), (os, "chmod", 1), (os, "fsync", 1), (os, "replace", 1),
           (os, "fsync", 2)]
 for module, name, call in points:
     for after in (False, True):

@@ -227,6 +227,29 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert "Not a directory" in result.output
 
 
+def test_pictures_that_cannot_be_drawn_are_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(*_: Any, **__: Any) -> None:
+        raise AssertionError("the comparison has begun")
+
+    monkeypatch.setattr("fishfast.demo.compare", compare)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "accuracy.png").mkdir(parents=True)
+    for place, text in (
+        (tmp_path / "file" / "below", "Not a directory: '"),
+        (tmp_path / "taken", "accuracy.png' must be a regular file or not exist"),
+    ):
+        result = demo("--smoke", "--png", str(place))
+        assert result.exit_code == 1
+        assert text in result.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = demo("--smoke", "--png", str(tmp_path / "new"))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: pictures need matplotlib")
+    assert not (tmp_path / "new").exists()
+
+
 def test_choice_of_learning_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "CHOICE_SEEDS", (100,))
     monkeypatch.setattr(comparison, "METHODS", METHODS[-1:])

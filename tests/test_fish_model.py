@@ -318,8 +318,12 @@ def test_config_refuses(options: Any, error: Any, match: str, tmp_path: Path) ->
             '{"format": "fishfast.config", "format_version": 1, "kk": 3}',
             "has the unknown field 'kk'; known: .*'k'",
         ),
+        (
+            '{"format": "fishfast.config", "format_version": 1, "k": 3, "seed": 1, "k": 4}',
+            r"c\.json' has the field 'k' twice; delete one of them",
+        ),
     ],
-    ids=["empty", "list", "no format", "newer", "true", "unknown"],
+    ids=["empty", "list", "no format", "newer", "true", "unknown", "twice"],
 )
 def test_config_files_that_are_none(text: str, match: str, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(text)

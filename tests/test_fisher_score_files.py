@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fishfast as ff
-from fishfast._files import write_atomically
+from fishfast._safetensors import write_atomically
 
 SCORES = {
     "z.weight": torch.rand(3, 5, generator=torch.Generator().manual_seed(0)),
@@ -56,7 +56,7 @@ def test_everything_comes_back(tmp_path, as_path):
     for name, score in SCORES.items():
         assert loaded[name].dtype == torch.float32
         assert torch.equal(loaded[name], score)
-    assert loaded.facts() == FACTS
+    assert loaded.facts() == {**FACTS, "seconds": dict.fromkeys(FACTS["seconds"], 0.0)}
     mask = ff.top_k_mask(loaded, k=4)
     assert mask == ff.top_k_mask(fisher(), k=4)
 
@@ -71,7 +71,15 @@ def test_views_of_one_buffer_are_saved(tmp_path):
     assert torch.equal(loaded["c"], buffer[::2])
 
 
-def test_the_hand_written_file_is_good(tmp_path):
+def test_equal_results_of_slow_and_fast_runs_are_the_same_file(tmp_path):
+    for name, seconds in (("slow", FACTS["seconds"]), ("fast", {}), ("again", {})):
+        fisher(seconds=seconds).save(tmp_path / name)
+    (content,) = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert content.find(b'"fallback"') < content.find(b'"roads"') < content.find(b'"sha256"')
+
+
+def test_a_file_that_has_seconds_is_good(tmp_path):
+    """Of an earlier version of fishfast, or of a run that may go on."""
     write_atomically(tmp_path / "f", *parts())
     assert ff.Fisher.load(tmp_path / "f").facts() == FACTS
 

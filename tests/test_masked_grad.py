@@ -104,6 +104,18 @@ def test_number_of_threads_changes_no_bit(name: str, monkeypatch: pytest.MonkeyP
     assert all(same_bits(grad, found[0]) for grad in found)
 
 
+def test_int32_tokens_of_a_large_vocabulary() -> None:
+    """Their places in the weight pass 2**31."""
+    shape, token = (2**20, 4096), 600_000
+    grad = numbers(1, shape[1])
+    wanted = token * shape[1] + torch.arange(8192)  # more than the sums; half are the next token's
+    tokens = torch.tensor([token], dtype=torch.int32)
+    found = masked_grad.masked_grad(
+        "embedding", grad, tokens, wanted, None, None, None, [], shape, [-1]
+    )
+    assert same_bits(found, torch.cat([grad[0], torch.zeros(4096)]))
+
+
 def test_sums_over_many_entries_rows_and_blocks() -> None:
     """More entries than a task of the compiled kernel has, and rows without any among them."""
     layer, x = nn.Linear(301, 211), numbers(700, 301)

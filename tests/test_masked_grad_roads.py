@@ -42,6 +42,10 @@ def convs() -> nn.Module:
     return nn.Sequential(first, nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3, stride=2, groups=2))
 
 
+def smooth_convs() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1, groups=2))
+
+
 def frozen_between() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.ReLU(inplace=True))
 
@@ -74,6 +78,7 @@ class TiedToAttention(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "deep": (deep, X),
     "convs": (convs, IMAGES),
+    "convs smooth": (smooth_convs, IMAGES),
     "frozen between": (frozen_between, X),
     "in place": (InPlace, TOKENS),
     "tied": (TiedNet, TOKENS),
@@ -340,6 +345,30 @@ def test_penalty_on_the_gradient_of_the_input(name: str, style: str) -> None:
     penalty(exact, data.double())
     ff.train_only(model, weights_mask(model, style))
     penalty(model, data)
+    assert_all(
+        model,
+        *({n: p.grad for n, p in other.named_parameters()} for other in (plain, exact)),
+    )
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", ["deep", "convs smooth"])
+def test_loss_of_higher_derivatives_of_the_input(name: str, order: int) -> None:
+    """As in physics-informed networks, whose loss holds second derivatives."""
+    model, data = built(name)
+
+    def derivatives(model: nn.Module, data: Tensor) -> None:
+        data = data.clone().requires_grad_()
+        out = model(data).square()
+        for _ in range(order):
+            (out,) = torch.autograd.grad(out.sum(), data, create_graph=True)
+        out.square().sum().backward()
+
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    derivatives(plain, data)
+    derivatives(exact, data.double())
+    ff.train_only(model, weights_mask(model, "all"))
+    derivatives(model, data)
     assert_all(
         model,
         *({n: p.grad for n, p in other.named_parameters()} for other in (plain, exact)),

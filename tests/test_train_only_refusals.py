@@ -9,6 +9,7 @@ import pytest
 import torch
 from stepping import mask_of
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from train_only_modules import mask_over_all
 from train_only_net import tuned_net
 
@@ -124,6 +125,27 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], type[Exceptio
         ValueError,
         "must not have an attribute 'weight_values' beside 'weight'",
     ),
+    "lazy": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.LazyBatchNorm1d(affine=False)),
+        lambda m: ff.SparseMask({"0.weight": torch.arange(2)}, {"0.weight": (3, 4)}),
+        ValueError,
+        "model must have all of its weights; '1.running_mean' of a LazyBatchNorm1d gets its shape "
+        "from the first forward; run the model on a batch first",
+    ),
+    "mask of before the pruning": (
+        lambda: prune.l1_unstructured(nn.Linear(4, 3), "weight", amount=2),
+        lambda m: ff.random_mask(nn.Linear(4, 3), k=3, seed=0),
+        ValueError,
+        "it names 'weight', which the model does not have, but computes from 'weight_orig'; make "
+        "the mask of this model, or call torch.nn.utils.prune.remove",
+    ),
+    "mask of before the parametrization": (
+        lambda: parametrizations.orthogonal(nn.Linear(4, 3)),
+        lambda m: ff.random_mask(nn.Linear(4, 3), k=3, seed=0),
+        ValueError,
+        "but computes from 'parametrizations.weight.original'; make the mask of this model, or "
+        "call torch.nn.utils.parametrize.remove_parametrizations",
+    ),
     "scripted": (
         lambda: torch.jit.script(nn.Linear(4, 3)),
         mask_over_all,
@@ -146,6 +168,43 @@ def test_refusal_changes_nothing(name: str) -> None:
     with pytest.raises(error, match=message):
         ff.train_only(model, mask)
     assert picture(model) == before
+
+
+def test_what_makes_masks_refuses_a_lazy_model() -> None:
+    batches = [(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))]
+    makers: list[Callable[[nn.Module], Any]] = [
+        lambda model: ff.estimate_fisher(model, batches),
+        ff.magnitude_scores,
+        lambda model: ff.random_mask(model, k=1, seed=0),
+        ff.bias_mask,
+    ]
+    for make in makers:
+        model = nn.Sequential(nn.Linear(4, 3), nn.LazyBatchNorm1d())
+        with pytest.raises(ValueError, match=r"'1\.weight' of a LazyBatchNorm1d gets its shape"):
+            make(model)
+        assert model[1].has_uninitialized_params()
+
+
+def test_a_pruned_model_is_trained_where_it_is_not_pruned() -> None:
+    torch.manual_seed(0)
+    model = prune.l1_unstructured(nn.Linear(4, 3), "weight", amount=5)
+    pruned = model.weight_mask == 0
+    batches = [(torch.randn(8, 4), torch.arange(8) % 3)]
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    fisher = ff.estimate_fisher(model, batches, loss_fn=loss_fn)
+    assert (fisher["weight_orig"][pruned] == 0).all()
+    before = model.weight_orig.detach().clone()
+    tuned = ff.train_only(model, ff.top_k_mask(fisher, k=9))
+    optimizer = ff.AdamW(tuned.parameters(), lr=0.1)
+    loss_fn(model, batches[0]).mean().backward()
+    optimizer.step()
+    assert torch.equal(model.weight_orig[pruned], before[pruned])
+    assert not torch.equal(model.weight_orig, before)
+    model(batches[0][0])
+    assert torch.equal(model.weight, model.weight_orig * model.weight_mask)
 
 
 class NotToBeDerived(nn.Linear):

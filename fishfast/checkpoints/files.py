@@ -106,6 +106,11 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         )
     index = _read_index(where / indices[0])
     names = sorted(set(index["weight_map"].values()))
+    if missing := [name for name in names if not (where / name).exists()]:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(
+            f"{str(where / indices[0])!r} names {missing[0]!r}{more}, which must be beside it"
+        )
     shards = {name: Shard(*open_tensors(where / name)) for name in names}
     for tensor, name in index["weight_map"].items():
         if tensor not in shards[name].tensors:
@@ -117,8 +122,10 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         names = index["weight_map"].values()
-        if not all(isinstance(name, str) and name == Path(name).name for name in names):
+        if not all(isinstance(name, str) and name and name == Path(name).name for name in names):
             raise ValueError("weight_map must name files beside it")
+        if not names:
+            raise ValueError("weight_map must name at least one tensor")
         if not isinstance(index.setdefault("metadata", {}), dict):
             raise ValueError("metadata must be an object")
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fishfast._files import raw_bytes
+from fishfast._safetensors import raw_bytes
 from fishfast.stored_tensors import DTYPES
 
 __all__ = ["Entry", "write_tensors"]
@@ -46,7 +46,9 @@ def write_tensors(path: Path, entries: list[Entry], metadata: dict[str, str]) ->
     Raises:
         RuntimeError: pieces that do not fill their shape.
     """
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, object] = {}
+    if metadata:  # in order: the library reads the entries in another one every time
+        header["__metadata__"] = dict(sorted(metadata.items()))
     end = 0
     for entry in entries:
         start, end = end, end + torch.Size(entry.shape).numel() * entry.dtype.itemsize

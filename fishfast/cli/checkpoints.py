@@ -11,8 +11,8 @@ from fishfast.cli.common import (
     FILE,
     PATH,
     PROGRESS,
+    check_output,
     clean_errors,
-    refuse_overwriting,
     wants_progress,
 )
 
@@ -85,7 +85,7 @@ def diff(
     differs when one bit does: 0.0 and -0.0 too.
     """
     with clean_errors():
-        refuse_overwriting(out, base, tuned)
+        check_output(out, base, tuned)
         delta = ff.diff_checkpoints(
             base,
             tuned,

@@ -11,13 +11,15 @@ from pathlib import Path
 import click
 from safetensors import SafetensorError, safe_open
 
+from fishfast._files import refuse_unwritable
+
 __all__ = [
     "FILE",
     "JSON",
     "PATH",
     "PROGRESS",
+    "check_output",
     "clean_errors",
-    "refuse_overwriting",
     "wants_progress",
 ]
 
@@ -52,8 +54,10 @@ def clean_errors() -> Iterator[None]:
         raise click.ClickException(" ".join(text.split())) from error
 
 
-def refuse_overwriting(out: Path, *inputs: Path) -> None:
-    """Refuse an output in the place of what a command reads.
+def check_output(out: Path, *inputs: Path) -> None:
+    """Refuse an output that cannot be written, or takes the place of what a command reads.
+
+    Before long work; nothing is written.
 
     Args:
         out: the file to write.
@@ -61,11 +65,12 @@ def refuse_overwriting(out: Path, *inputs: Path) -> None:
             written again, such as a delta beside its checkpoint.
 
     Raises:
-        ValueError: it is one of them, or a file of another kind in one of them.
+        FileNotFoundError: its folder does not exist.
+        OSError: the system refuses to write there.
+        ValueError: it is one of them, or a file of another kind in one of them, or no file.
     """
-    if not out.exists():
-        return
-    for path in inputs:
+    refuse_unwritable(out)
+    for path in inputs if out.exists() else ():
         if path.exists() and os.path.samefile(out, path):
             raise ValueError(f"{str(out)!r} is read by this command and must not be its output too")
         if path.resolve() in out.resolve().parents and not _is_ours(out):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fishfast._files import refuse_unwritable
+from fishfast.cli.common import clean_errors
 from fishfast.plots import PlottingUnavailable, new_figure
 
 if TYPE_CHECKING:
@@ -65,9 +67,13 @@ def demo(
     epochs = epochs or (2 if smoke else room.EPOCHS)
     pretrain_epochs = 1 if smoke else room.PRETRAIN_EPOCHS
     start = time.perf_counter()
-    try:
-        if png is not None:
-            new_figure(1, 1)  # what is missing is told now, not after a minute
+    with clean_errors():
+        if png is not None:  # what is missing is told now, not after a minute
+            new_figure(1, 1)
+        for place in (out, png):
+            if place is not None:
+                place.mkdir(parents=True, exist_ok=True)
+                refuse_unwritable(place / "accuracy.png")
         if choose_lr:
             chosen = room.choose_learning_rates(epochs=epochs, pretrain_epochs=pretrain_epochs)
             click.echo(room.describe_choice(chosen))
@@ -86,8 +92,6 @@ def demo(
             click.echo(_draw(runs, pictures, optional=png is None))
         if smoke:
             click.echo("This was --smoke: the numbers mean nothing.")
-    except (room.DemoUnavailable, room.ReloadMismatch, PlottingUnavailable, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _draw(runs: dict[str, list[Run]], folder: Path, *, optional: bool) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from fishfast.cli.common import FILE, JSON, clean_errors, refuse_overwriting
+from fishfast.cli.common import FILE, JSON, check_output, clean_errors
 from fishfast.inspection import Inspection, inspect_file
-from fishfast.plots import draw_layers, save_png
+from fishfast.plots import draw_layers, new_figure, save_png
 
 __all__ = ["inspect"]
 
@@ -33,7 +33,8 @@ def inspect(file: Path, top: int | None, png: Path | None, as_json: bool) -> Non
     """
     with clean_errors():
         if png is not None:
-            refuse_overwriting(png, file)
+            check_output(png, file)
+            new_figure(1, 1)  # what is missing is told now, not after a large file was read
         found = inspect_file(file)
         if png is not None:
             _draw(found, png)

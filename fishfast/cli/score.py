@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch import nn
 
 import fishfast as ff
 from fishfast._names import split_by_rule
-from fishfast.cli.common import FILE, PATH, clean_errors, refuse_overwriting
+from fishfast.cli.common import FILE, PATH, check_output, clean_errors
 from fishfast.model_folders import LoadedModel, load_model, load_rows
 from fishfast.text_batches import make_batches
+from fishfast.topk_mask.budget import Totals, budget
 
 __all__ = ["score"]
 
@@ -67,7 +70,9 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "--num-label-samples", type=_COUNT, default=1, show_default=True, metavar="N",
     help="Draws per row, for --fisher-type sampled.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N"
+)
 @click.option(
     "--device", metavar="NAME", help="Such as cuda:1.  [default: cuda, without a GPU cpu]"
 )
@@ -110,9 +115,13 @@ def score(model: Path, data: Path, out: Path, **options: Any) -> None:
     with clean_errors():
         _refuse_bad_places(model, data, out, options["mask"], options["resume"])
         loaded = _load(model, options)
+        rows = load_rows(data, split=options["split"])
+        if (wanted := options["num_samples"]) is not None and wanted > len(rows):
+            click.echo(f"note: {data} has {len(rows):,} rows; all of them are scored", err=True)
+            options["num_samples"] = None
         batches = make_batches(
             loaded,
-            load_rows(data, split=options["split"]),
+            rows,
             **{
                 name: options[name]
                 for name in (
@@ -121,13 +130,14 @@ def score(model: Path, data: Path, out: Path, **options: Any) -> None:
             },
         )  # fmt: skip
         start = time.perf_counter()
-        fisher = ff.estimate_fisher(
-            loaded.model, batches, progress=options["progress"], resume_path=options["resume"],
-            **{
-                name: options[name]
-                for name in ("num_samples", "fisher_type", "num_label_samples", "seed")
-            },
-        )  # fmt: skip
+        with _telling_how_to_go_on(options["resume"]):
+            fisher = ff.estimate_fisher(
+                loaded.model, batches, progress=options["progress"], resume_path=options["resume"],
+                **{
+                    name: options[name]
+                    for name in ("num_samples", "fisher_type", "num_label_samples", "seed")
+                },
+            )  # fmt: skip
         seconds = time.perf_counter() - start
         fisher.save(out)
         click.echo(f"{out}: {fisher!r}, {seconds:.1f} s")
@@ -140,7 +150,7 @@ def score(model: Path, data: Path, out: Path, **options: Any) -> None:
 
 
 def _load(folder: Path, options: dict[str, Any]) -> LoadedModel:
-    """Load the model; say which of its weights are fresh; refuse names that it does not have."""
+    """Load the model; say which of its weights are fresh; refuse a mask that it cannot have."""
     _hush()
     device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(
@@ -150,8 +160,8 @@ def _load(folder: Path, options: dict[str, Any]) -> LoadedModel:
         device=device,
         seed=options["seed"],
     )
-    names = [name for name, _ in loaded.model.named_parameters()]
-    split_by_rule(names, options["keep"], options["exclude"])  # not after hours of scoring
+    if options["mask"] is not None:  # not after hours of scoring
+        _refuse_bad_mask(loaded.model, options)
     if loaded.fresh:
         more = f" and {len(loaded.fresh) - 4:,} more" if len(loaded.fresh) > 4 else ""
         click.echo(
@@ -160,6 +170,24 @@ def _load(folder: Path, options: dict[str, Any]) -> LoadedModel:
             err=True,
         )
     return loaded
+
+
+@contextlib.contextmanager
+def _telling_how_to_go_on(resume: Path | None) -> Iterator[None]:
+    """Say after Ctrl-C where the scores so far are."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if resume is not None and resume.exists():
+            click.echo(f"{resume} has scores to go on from: run the same command again", err=True)
+        raise
+
+
+def _refuse_bad_mask(model: nn.Module, options: dict[str, Any]) -> None:
+    """Refuse names that the model does not have, and a density that they leave no room for."""
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    kept, eligible = split_by_rule(list(sizes), options["keep"], options["exclude"])
+    budget(Totals.of(sizes, kept, eligible), kept, density=options["density"], k=None)
 
 
 def _hush() -> None:
@@ -180,9 +208,7 @@ def _refuse_bad_places(model: Path, data: Path, *outputs: Path | None) -> None:
     """Refuse what could not be written after hours, or would take the place of something else."""
     paths = [path for path in outputs if path is not None]
     for path in paths:
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"the folder of {str(path)!r} must exist; create it first")
-        refuse_overwriting(path, model, data)
+        check_output(path, model, data)
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(
             "--out, --mask and --resume must be different files; got "

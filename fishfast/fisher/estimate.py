@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fishfast import _backend
 from fishfast._files import PathLike
+from fishfast._lazy import refuse_lazy
 from fishfast.fisher.distributed import all_reduce_, announce_failure
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.scorer import Scorer
@@ -107,10 +108,11 @@ def estimate_fisher(
     Raises:
         TypeError: ``model`` is not a module, a function is not callable, ``batches`` a mapping,
             tensor, string or no iterable, a number not an integer, or a parameter complex.
-        ValueError: no trainable parameter, no sample, an argument out of range or that goes with
-            another ``fisher_type``, losses that are not one finite number per sample, losses that
-            couple samples in every batched layer, gradients that are not finite (with the sample
-            and the parameter), scores that overflow fp32, a file or processes of another run.
+        ValueError: no trainable parameter, a lazy one, no sample, an argument out of range or that
+            goes with another ``fisher_type``, losses that are not one finite number per sample,
+            losses that couple samples in every batched layer, gradients that are not finite (with
+            the sample and the parameter), scores that overflow fp32, a file or processes of
+            another run.
 
     Note:
         Deterministic for the same batches on the same machine.
@@ -177,6 +179,7 @@ def estimate_fisher(
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    refuse_lazy(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(

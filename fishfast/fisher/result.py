@@ -185,6 +185,8 @@ class Fisher(Mapping[str, Tensor]):
     def save(self, path: PathLike) -> None:
         """Write scores and attributes to a safetensors file, atomically.
 
+        Equal results give the same bytes, whatever ``seconds`` is: it is not written.
+
         Args:
             path: target file; its folder must exist.
 
@@ -192,7 +194,7 @@ class Fisher(Mapping[str, Tensor]):
             FileNotFoundError: the folder does not exist.
             ValueError: scores that are not fp32, finite and at least 0.
         """
-        write_scores(path, self, self.facts())
+        write_scores(path, self, {**self.facts(), "seconds": dict.fromkeys(WORK, 0.0)})
 
     @classmethod
     def load(cls, path: PathLike) -> Fisher:
@@ -202,7 +204,8 @@ class Fisher(Mapping[str, Tensor]):
             path: the file.
 
         Returns:
-            The scores with every attribute, on the CPU.
+            The scores, on the CPU, with every attribute; ``seconds`` is 0 unless the file is that
+            of a ``resume_path``, whose parts add up.
 
         Raises:
             FileNotFoundError: no such file.

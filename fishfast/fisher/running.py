@@ -6,12 +6,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fishfast._files import PathLike
+from fishfast._files import PathLike, refuse_unwritable
 from fishfast.fisher.kind import ScoreKind
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.score_files import read_scores, write_scores
@@ -38,7 +37,8 @@ class RunningScores:
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: ``every_seconds`` is negative.
+        OSError: the system refuses to write there.
+        ValueError: ``every_seconds`` is negative, or ``path`` is no regular file.
     """
 
     def __init__(
@@ -52,10 +52,7 @@ class RunningScores:
     ) -> None:
         if not every_seconds >= 0:
             raise ValueError(f"every_seconds must be at least 0; got {every_seconds!r}")
-        if not Path(os.path.realpath(path)).parent.is_dir():  # known before hours of scoring
-            raise FileNotFoundError(
-                f"the folder of {os.fspath(path)!r} must exist; create it first"
-            )
+        refuse_unwritable(path)  # known before hours of scoring
         self.path, self.every_seconds = path, every_seconds
         self.generator = generator
         self._draws = {"seed": seed, "num_label_samples": num_label_samples}

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishfast._files import (
+from fishfast._files import PathLike
+from fishfast._safetensors import (
     Checksum,
-    PathLike,
     check_format,
     read_checked,
     refuse_damaged,
