@@ -133,7 +133,7 @@ class Adam(SparseOptimizer):
         counted = [u.state["step"] for u in updates if not u.group["capturable"]]
         if counted:
             # Of a number torch would make a tensor for each of them: four times as long.
-            torch._foreach_add_(counted, torch.ones(()), alpha=1.0)
+            torch._foreach_add_(counted, torch.ones((), device="cpu"), alpha=1.0)
 
     def _update_torch(self, update: Update, grad_scale: float) -> None:
         state, group, values = update.state, update.group, update.values
