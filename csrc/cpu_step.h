@@ -1,5 +1,5 @@
 // Runs an optimizer's rows on CPU threads: blocks of entries, arithmetic first, scatter after, so
-// that the arithmetic vectorises.
+// that the arithmetic vectorises. Meanwhile the weights are on their way from memory.
 #pragma once
 #include <vector>
 
@@ -9,7 +9,13 @@
 
 namespace fishfast {
 
-constexpr int64_t kEntriesPerCpuChunk = 16384;  // five fp32 streams of it fit in a 1 MB L2
+constexpr int64_t kEntriesPerCpuChunk = 4096;  // their weights' lines and five streams fit in an L2
+
+inline void prefetch_weight(const ScatterTarget& target, int64_t entry) {
+  if (target.weight == nullptr) return;
+  const int64_t size = target.storage == Storage::kFloat32 ? 4 : 2;
+  __builtin_prefetch(static_cast<char*>(target.weight) + scatter_offset(target, entry) * size, 1);
+}
 
 // Calls update(row, begin, end) for pieces of every row, then scatters the piece.
 template <class Row, class Update>
@@ -26,10 +32,11 @@ void step_rows(const Row* rows, int64_t num_rows, int num_threads, const Update&
   }
   parallel_chunks(int64_t(pieces.size()), num_threads, [&](int64_t p, int) {
     const Piece& piece = pieces[size_t(p)];
+    const ScatterTarget target = piece.row->target;
+    for (int64_t i = piece.begin; i < piece.end; ++i) prefetch_weight(target, i);
     update(*piece.row, piece.begin, piece.end);
-    for (int64_t i = piece.begin; i < piece.end; ++i) {
-      scatter_value(piece.row->target, i, piece.row->values[i]);
-    }
+    const float* values = piece.row->values;
+    for (int64_t i = piece.begin; i < piece.end; ++i) scatter_value(target, i, values[i]);
   });
 }
 
