@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fishfast._files import PathLike, refuse_no_file, replace_file
+from fishfast._json import names_once
 
 __all__ = [
     "Checksum",
@@ -186,20 +187,12 @@ def refuse_damaged(
 
 def _refuse_duplicate_names(path: Path) -> None:
     """Safetensors accepts a header that names a tensor twice and keeps the last one."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        entries: dict[str, object] = {}
-        for name, value in pairs:
-            if name in entries:
-                raise ValueError(f"{os.fspath(path)!r} names {name!r} twice in its header")
-            entries[name] = value
-        return entries
-
+    hook = names_once(lambda name: f"{os.fspath(path)!r} names {name!r} twice in its header")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             return  # not a safetensors file; safe_open says so
         try:
-            json.loads(file.read(length), object_pairs_hook=unique)
+            json.loads(file.read(length), object_pairs_hook=hook)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             return  # likewise

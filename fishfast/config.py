@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from fishfast._files import PathLike, write_text_atomically
+from fishfast._json import names_once
 
 __all__ = ["FishConfig"]
 
@@ -114,7 +115,12 @@ class FishConfig:
         source = repr(os.fspath(path))
         try:
             text = Path(path).read_text(encoding="utf-8")
-            contents = json.loads(text, object_pairs_hook=lambda pairs: _unique(source, pairs))
+            contents = json.loads(
+                text,
+                object_pairs_hook=names_once(
+                    lambda name: f"{source} has the field {name!r} twice; delete one of them"
+                ),
+            )
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{source} is not a JSON file: {error}") from error
         if not isinstance(contents, dict) or contents.pop("format", None) != _FORMAT:
@@ -133,16 +139,6 @@ class FishConfig:
             return cls(**contents)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
-
-
-def _unique(source: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse a field that is there twice; json keeps the last one."""
-    contents: dict[str, object] = {}
-    for name, value in pairs:
-        if name in contents:
-            raise ValueError(f"{source} has the field {name!r} twice; delete one of them")
-        contents[name] = value
-    return contents
 
 
 def _entries(name: str, value: str | Iterable[str]) -> tuple[str, ...]:

@@ -12,109 +12,26 @@ from typing import Any
 import pytest
 import torch
 from copying import pickled, pickled_with_protocol_0, saved_by_torch
-from masked_grad_cases import CASES, assert_gradient, cotangent, masked_entries, tuned_layer
+from masked_grad_cases import CASES, assert_gradient, cotangent, tuned_layer
+from masked_grad_models import (
+    IMAGES,
+    MODELS,
+    TiedToAttention,
+    X,
+    assert_all,
+    built,
+    dense,
+    weights_mask,
+)
 from stepping import mask_of, same_bits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_only_modules import TOKENS, CalledTwice, Checkpointed, TiedNet, numbers
+from train_only_modules import TOKENS, TiedNet, numbers
 from transformers.pytorch_utils import Conv1D
 
 import fishfast as ff
 from fishfast import masked_grad_plan
 from fishfast.gradient_tap import GradientTap
-
-X = numbers(4, 7, 6)
-IMAGES = numbers(2, 3, 8, 8)
-
-
-def weights_mask(model: nn.Module, style: str = "few") -> ff.SparseMask:
-    """Return a mask over the weights of layers, of a plain model; biases have none."""
-    shapes = {n: p.shape for n, p in model.named_parameters() if p.dim() > 1}
-    return mask_of(model, {name: masked_entries(shape, style) for name, shape in shapes.items()})
-
-
-def deep() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), Conv1D(8, 9), nn.Tanh(), nn.Linear(8, 5))
-
-
-def convs() -> nn.Module:
-    first = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
-    return nn.Sequential(first, nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3, stride=2, groups=2))
-
-
-def smooth_convs() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1, groups=2))
-
-
-def frozen_between() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.ReLU(inplace=True))
-
-
-class InPlace(nn.Module):
-    """Writes into the outputs of its layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.first, self.second = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens).mul_(2)
-        return self.second(self.first(x).relu_()).sigmoid_()
-
-
-class TiedToAttention(nn.Module):
-    """A weight that a layer's call and attention, which reads it, both use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-        self.layer = nn.Linear(6, 6)
-        self.layer.weight = self.attention.out_proj.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.attention(x, x, x)[0])
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "deep": (deep, X),
-    "convs": (convs, IMAGES),
-    "convs smooth": (smooth_convs, IMAGES),
-    "frozen between": (frozen_between, X),
-    "in place": (InPlace, TOKENS),
-    "tied": (TiedNet, TOKENS),
-    "tied to attention": (TiedToAttention, X),
-    "called twice": (CalledTwice, X),
-    "checkpoint, reentrant": (lambda: Checkpointed(True), X),
-    "checkpoint": (lambda: Checkpointed(False), X),
-}
-
-
-def built(name: str) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    make, data = MODELS[name]
-    return make(), data
-
-
-def as_dtype(data: Tensor, dtype: torch.dtype) -> Tensor:
-    return data.to(dtype) if data.is_floating_point() else data
-
-
-def dense(model: nn.Module, data: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    model = copy.deepcopy(model).to(dtype)
-    model(as_dtype(data, dtype)).square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_all(model: nn.Module, by_torch: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    compared = 0
-    for name, p in model.named_parameters():
-        if not name.endswith("_values"):
-            assert p.grad is None
-            continue
-        name = name.removesuffix("_values")
-        assert_gradient(p.grad, p.target.indices, by_torch[name], exact[name])
-        compared += bool(p.grad.any())
-    assert compared
 
 
 @pytest.mark.parametrize("style", ["few", "few rows", "all"])
@@ -324,86 +241,6 @@ def test_float64_layer() -> None:
     layer(x.double()).square().sum().backward()
     entries = values.target.indices.long()
     assert same_bits(values.grad, exact["weight"].flatten()[entries].float())
-
-
-# --- derivatives of derivatives ---
-
-
-@pytest.mark.parametrize("style", ["few", "all"])
-@pytest.mark.parametrize("name", ["deep", "convs", "frozen between"])
-def test_penalty_on_the_gradient_of_the_input(name: str, style: str) -> None:
-    model, data = built(name)
-
-    def penalty(model: nn.Module, data: Tensor) -> None:
-        data = data.clone().requires_grad_()
-        out = model(data).square().sum()
-        (grad,) = torch.autograd.grad(out, data, create_graph=True)
-        grad.square().sum().backward()
-
-    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    penalty(plain, data)
-    penalty(exact, data.double())
-    ff.train_only(model, weights_mask(model, style))
-    penalty(model, data)
-    assert_all(
-        model,
-        *({n: p.grad for n, p in other.named_parameters()} for other in (plain, exact)),
-    )
-
-
-@pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("name", ["deep", "convs smooth"])
-def test_loss_of_higher_derivatives_of_the_input(name: str, order: int) -> None:
-    """As in physics-informed networks, whose loss holds second derivatives."""
-    model, data = built(name)
-
-    def derivatives(model: nn.Module, data: Tensor) -> None:
-        data = data.clone().requires_grad_()
-        out = model(data).square()
-        for _ in range(order):
-            (out,) = torch.autograd.grad(out.sum(), data, create_graph=True)
-        out.square().sum().backward()
-
-    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    derivatives(plain, data)
-    derivatives(exact, data.double())
-    ff.train_only(model, weights_mask(model, "all"))
-    derivatives(model, data)
-    assert_all(
-        model,
-        *({n: p.grad for n, p in other.named_parameters()} for other in (plain, exact)),
-    )
-
-
-def test_the_gradient_of_the_values_is_not_differentiated_silently() -> None:
-    model, data = built("deep")
-    tuned = ff.train_only(model, weights_mask(model))
-    loss = model(data).square().sum()
-    grads = torch.autograd.grad(loss, list(tuned.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(grad.sum() for grad in grads).backward()
-
-
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.6"), reason="torch 2.6's vmap takes no int32 indices"
-)
-@pytest.mark.parametrize("name", ["deep", "convs", "in place"])
-@pytest.mark.parametrize("style", ["few", "few rows"])
-def test_per_sample_gradients(name: str, style: str) -> None:
-    model, data = built(name)
-    tuned = ff.train_only(model, weights_mask(model, style))
-    parameters = dict(model.named_parameters())
-
-    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return torch.func.functional_call(model, parameters, (sample,)).square().sum()
-
-    loss(parameters, data).backward()
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, data)
-    for key, values in tuned.named_parameters():
-        for sample, grad in zip(data, each[key], strict=True):
-            (alone,) = torch.autograd.grad(loss(parameters, sample), values)
-            torch.testing.assert_close(grad, alone)
-        torch.testing.assert_close(each[key].sum(0), values.grad)
 
 
 # --- who is on the road ---
