@@ -89,6 +89,22 @@ class CompactParameter(nn.Parameter):
         elif written:
             self.write_()
 
+    def refuse_unwritten(self, name: str) -> None:
+        """Refuse values that are not in the weight, though `follow_` was called.
+
+        Args:
+            name: what the error calls them.
+
+        Raises:
+            RuntimeError: values or weight were written to and no version counts it.
+        """
+        weights = self.target.gather()
+        if not torch.equal(self.detach().to(weights.dtype), weights):
+            raise RuntimeError(
+                f"the values of {name!r} were not written into the weights: something wrote to "
+                "either past autograd, such as through weight.data or numpy; write in no_grad mode"
+            )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactParameter:
         """Copy values and target; the module in the target is the one that is being copied."""
         if id(self) in memo:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from fishfast._files import PathLike
@@ -60,14 +59,8 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> int:
     now = tuned.identify()
     for name, parameter in compact_parameters(model):
         parameter.follow_()
-        weights = parameter.target.gather()
         refuse_non_finite(name, parameter, "the trained model")  # NaN would not equal itself
-        if not torch.equal(parameter.detach().to(weights.dtype), weights):
-            raise RuntimeError(
-                f"the values of {name!r} were not written into the weights: something wrote to "
-                "either past autograd, such as through weight.data or numpy; write in no_grad "
-                "mode"
-            )
+        parameter.refuse_unwritten(name)
     values = {name: target.gather() for name, target in targets_of(model, mask).items()}
     buffers = dict(model.named_buffers(remove_duplicate=False))
     changed = [name for name, digest in now.buffers.items() if digest != tuned.base.buffers[name]]

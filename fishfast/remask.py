@@ -186,13 +186,7 @@ def _base_values(tuned: SparseTuning, union: SparseMask) -> dict[str, Tensor]:
 def _refuse_unwritten(tuned: SparseTuning) -> None:
     for name, parameter in tuned.named_parameters():
         parameter.follow_()
-        weights = parameter.target.gather()
-        written = torch.equal(parameter.detach().to(weights.dtype), weights)
-        if not written and not parameter.target.changed(parameter.target.weight()):
-            raise RuntimeError(
-                f"the values of {name!r} were not written into the weights: something wrote to "
-                "either past autograd, such as through weight.data or numpy; write in no_grad mode"
-            )
+        parameter.refuse_unwritten(name)
 
 
 class _Handover:
