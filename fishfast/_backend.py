@@ -59,10 +59,11 @@ def choose(operation: str, device: torch.device, backend: str = "auto") -> str:
         if reason := _why_not(backend, device.type):
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run: {reason}")
         return backend
-    reasons = {name: _why_not(name, device.type) for name in candidates}
-    chosen = next(name for name in candidates if not reasons[name])
-    if chosen != candidates[0]:
-        _warn_once(reasons[candidates[0]] or "", candidates[0], chosen)
+    first_choice = candidates[0]
+    if not (reason := _why_not(first_choice, device.type)):
+        return first_choice
+    chosen = next(name for name in candidates if not _why_not(name, device.type))
+    _warn_once(reason, first_choice, chosen)
     return chosen
 
 

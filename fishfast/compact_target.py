@@ -151,10 +151,11 @@ class _Seen:
     storage is another, and the weak reference keeps a storage's own address from being used again.
     """
 
-    __slots__ = ("_offset", "_storage", "_weight", "version")
+    __slots__ = ("_offset", "_storage", "_stride", "_weight", "version")
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._offset = weight, weight.storage_offset()
+        self._stride = weight.stride()  # the transpose of a square one has all else
         self._storage = StorageWeakRef(weight.untyped_storage())
         self.version = weight._version
 
@@ -164,6 +165,7 @@ class _Seen:
             self._weight is weight
             and self._storage.cdata == weight.untyped_storage()._cdata
             and self._offset == weight.storage_offset()
+            and self._stride == weight.stride()
         )
 
 

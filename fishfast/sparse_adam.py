@@ -24,6 +24,7 @@ _SCALARS = (
 _ROW_DTYPE = row_dtype(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), [(name, "<f4") for name in _SCALARS]
 )
+_ONE = torch.ones((), device="cpu")
 _PLAN_DTYPE = np.dtype(
     [("step", "<u8"), ("lr", LEARNING_RATE_DTYPE)]
     + [(name, "<f8") for name in ("beta1", "beta2", "weight_decay")]
@@ -133,7 +134,7 @@ class Adam(SparseOptimizer):
         counted = [u.state["step"] for u in updates if not u.group["capturable"]]
         if counted:
             # Of a number torch would make a tensor for each of them: four times as long.
-            torch._foreach_add_(counted, torch.ones((), device="cpu"), alpha=1.0)
+            torch._foreach_add_(counted, _ONE, alpha=1.0)
 
     def _update_torch(self, update: Update, grad_scale: float) -> None:
         state, group, values = update.state, update.group, update.values

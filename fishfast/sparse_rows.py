@@ -84,7 +84,8 @@ def launch(
     assert rows.itemsize == getattr(extension, f"{operation.upper()}_ROW_BYTES")
     call = getattr(extension, f"{operation}_{backend}")
     if backend == "cpu":
-        call(rows.ctypes.data, len(rows), _backend.num_threads(rows["k"].sum() * _TIME))
+        entries = sum(update.plain.numel() for update in updates)
+        call(rows.ctypes.data, len(rows), _backend.num_threads(entries * _TIME))
         return
     counts = tuple(update.plain.numel() for update in updates)
     chunks = chunk_table(counts, extension.ENTRIES_PER_STEP_CHUNK, device)

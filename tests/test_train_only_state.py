@@ -173,6 +173,19 @@ def test_weight_replaced_by_hand_is_followed(replace: Any, dtype: torch.dtype) -
     assert same_bits(model.state_dict()["weight"], other)
 
 
+def test_transposed_weight_is_followed() -> None:
+    model = nn.Linear(4, 4)
+    tuned = ff.train_only(model, mask_over_all(model))
+    weight = model._parameters["weight"]
+    other = weight.detach().t().contiguous()
+    weight.data = weight.data.t()  # the same memory and version
+    for parameter in tuned.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ff.SGD(tuned.parameters(), lr=0.1).step()
+    assert same_bits(model.state_dict()["weight"], other)
+    assert torch.equal(model.weight_values, other.flatten()[tuned.mask["weight"]])
+
+
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_parametrizing_a_masked_weight_is_refused(wrap: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 3))
