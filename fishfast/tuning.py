@@ -308,9 +308,12 @@ class SparseTuning:
             if not isinstance(p, CompactParameter)
         }
         try:
+            for parameter in held:
+                parameter.target.lent = True
             yield SparseTuning.release(self)  # not what a subclass adds
         finally:
             for parameter in held:
+                parameter.target.lent = False
                 tap(parameter.target, parameter)
             for name, weight in self.model.named_parameters(remove_duplicate=False):
                 weight.requires_grad_(flags.get(name, weight.requires_grad))

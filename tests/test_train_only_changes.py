@@ -204,15 +204,25 @@ def test_no_step_of_a_released_model(make: str) -> None:
     else:
         optimizer = ff.SGD(tuned.parameters(), lr=0.1)
     train(model, optimizer)
+    before = state_of(model)
     with tuned.released():
-        pass
+        with pytest.raises(
+            RuntimeError, match=r"'conv\.weight' does not train within .* after the"
+        ):
+            optimizer.step()
+        assert_state(model, before)
     train(model, optimizer)
     tuned.release()
     before = state_of(model)
     for again in (False, True):
-        if again:  # by another handle
+        if again:
             ff.train_only(model, tuned.mask)
-        with pytest.raises(RuntimeError, match="nothing is left to train; call train_only again"):
+        text = (
+            r"got those of 'conv\.weight' from before release\(\); make a new optimizer"
+            if again
+            else r"'conv\.weight' does not train any more: .*; to go on, call train_only again"
+        )
+        with pytest.raises(RuntimeError, match=text):
             optimizer.step()
         assert_state(model, before)
     optimizer.state_dict()  # a checkpoint of it can still be saved
@@ -222,7 +232,7 @@ def test_a_masked_weight_is_not_set_to_none() -> None:
     model = two_layers()
     tuned = ff.train_only(model, chosen(model, first_weight=[0]))
     before = state_of(model)
-    with pytest.raises(RuntimeError, match="'weight' of Linear must be a tensor; got None; rele"):
+    with pytest.raises(RuntimeError, match=r"'0\.weight' must be a tensor; got None; release"):
         model[0].weight = None
     assert_state(model, before)
     model[0].bias = None  # which has no mask
@@ -230,13 +240,25 @@ def test_a_masked_weight_is_not_set_to_none() -> None:
     assert next(tuned.parameters()).grad is not None
 
 
-def test_values_that_were_replaced_are_named() -> None:
-    """As fully_shard does: DTensors in the place of all parameters."""
+class DTensor(nn.Parameter):
+    """Stands for torch's, which takes two seconds to import and needs a process group."""
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (DTensor, r"cannot be sharded; fully_shard put .* values of '0\.weight'; use Distributed"),
+        (
+            nn.Parameter,
+            r"values of '0\.weight' must be a compact parameter; got Parameter in their",
+        ),
+    ],
+)
+def test_values_that_were_replaced_are_named(other: Any, text: str) -> None:
     model = two_layers()
     tuned = ff.train_only(model, chosen(model, first_weight=[0]))
     optimizer = ff.SGD(tuned.parameters(), lr=0.1)
-    model[0]._parameters["weight_values"] = nn.Parameter(torch.zeros(1))
-    with pytest.raises(RuntimeError, match="must be a compact parameter; got a Parameter in its"):
-        list(tuned.parameters())
-    with pytest.raises(RuntimeError, match=r"any more.*cannot be sharded: fully_shard replaces"):
-        optimizer.step()
+    model[0]._parameters["weight_values"] = other(torch.zeros(1))
+    for call in (lambda: list(tuned.parameters()), optimizer.step):
+        with pytest.raises(RuntimeError, match=text):
+            call()
