@@ -265,10 +265,11 @@ class SparseTuning:
         """
         refuse_later_ties(self.model)
         now = BaseIdentity.of(self.model, self.trained_mask)
-        if (now.structure, now.ties) != (self.base.structure, self.base.ties):
+        self.base.refuse_later_ties(now)
+        if now.structure != self.base.structure:
             raise RuntimeError(
-                "the model's names, dtypes, shapes or ties changed since train_only, so the delta "
-                "would fit no base; convert the model before train_only"
+                "the model's names, dtypes or shapes changed since train_only, so the delta would "
+                "fit no base; convert the model before train_only"
             )
         if now.weights != self.base.weights:
             raise RuntimeError(

@@ -113,7 +113,9 @@ def test_another_parameter_of_a_masked_layer_is_parametrized(first: str, what: s
         with tuned.released() as plain:
             mask = chosen(plain, first_weight=[3])
         if first == "masked":  # the base had other names
-            with pytest.raises(RuntimeError, match="shapes or ties changed since train_only"):
+            with pytest.raises(
+                RuntimeError, match="names, dtypes or shapes changed since train_only"
+            ):
                 tuned.remask(mask)
         else:
             tuned.remask(mask)
@@ -183,6 +185,28 @@ def test_a_tie_made_later_is_named(tmp_path: Path) -> None:
     assert tuned.trained_mask is union
     model.head.weight = own
     assert tuned.report() == before
+
+
+def test_a_later_tie_of_weights_without_a_mask_is_named(tmp_path: Path) -> None:
+    model = TiedNet()
+    model.norm = nn.LayerNorm(11)
+    model.third = nn.Linear(6, 11, bias=False)
+    tuned = ff.train_only(model, mask_of(model, {"norm.weight": torch.arange(3)}))
+    ff.save_delta(tuned, tmp_path / "before")
+    shared, own = model.embed.weight, model.third.weight
+    model.third.weight = shared
+    with pytest.raises(
+        RuntimeError, match=r"; 'third\.weight' was tied to 'embed\.weight' after it"
+    ):
+        ff.save_delta(tuned, tmp_path / "after")
+    model.third.weight, model.head.weight = own, nn.Parameter(shared.detach().clone())
+    with pytest.raises(
+        RuntimeError, match=r"; 'head\.weight' was untied from 'embed\.weight' afte"
+    ):
+        ff.save_delta(tuned, tmp_path / "after")
+    model.head.weight = shared
+    ff.save_delta(tuned, tmp_path / "after")
+    assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
 
 
 def test_weights_tied_again_are_no_new_tie() -> None:
