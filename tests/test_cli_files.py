@@ -153,6 +153,19 @@ def test_json_has_it_all(mask_path: Path, path: Path, score_path: Path) -> None:
     assert scores["file_bytes"] == score_path.stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("order", "shown"),
+    [
+        (["h.1.w", "h.10.w", "h.1²2", "h.2.w"], ["h.1.w", "h.1²2", "h.2.w", "h.10.w"]),
+        (["wte", "h.10.w", "h.2.w"], ["wte", "h.10.w", "h.2.w"]),
+    ],
+    ids=["alphabetical", "of a model"],
+)
+def test_numbers_in_names_are_in_order(order: list[str], shown: list[str], tmp_path: Path) -> None:
+    ff.SparseMask({}, dict.fromkeys(order, (1,))).save(tmp_path / "m")
+    assert [layer.name for layer in ff.inspect_file(tmp_path / "m").layers] == shown
+
+
 def flip_last_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
