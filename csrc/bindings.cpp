@@ -225,7 +225,9 @@ std::pair<int, std::string> cuda_device_count() {
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaSuccess) return {count, count == 0 ? "no CUDA device" : ""};
   cudaGetLastError();
-  return {0, cudaGetErrorString(status)};
+  int driver = 0;  // stays 0 without one, which that error calls an insufficient version
+  cudaDriverGetVersion(&driver);
+  return {0, driver == 0 ? "no NVIDIA driver" : cudaGetErrorString(status)};
 }
 #endif
 

@@ -1,12 +1,14 @@
-"""How ``keep`` and ``exclude`` name parameters: one rule for every kind of mask."""
+"""Names of parameters: how ``keep`` and ``exclude`` select them, and their natural order."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-__all__ = ["match_names", "split_by_rule"]
+__all__ = ["match_names", "natural", "split_by_rule"]
 
 
 def match_names(
@@ -92,3 +94,18 @@ def split_by_rule(
         raise ValueError(f"keep and exclude must not overlap; both match {both[0]!r}")
     taken = {*kept, *excluded}
     return kept, [name for name in names if name not in taken]
+
+
+def natural(name: str) -> list[Any]:
+    """Return a key that sorts ``layer.2`` before ``layer.10``: a file has lost the model's order.
+
+    Args:
+        name: of a parameter.
+
+    Returns:
+        Its parts, numbers as numbers.
+    """
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", name)
+    ]

@@ -129,8 +129,8 @@ def read_checked(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file, another format, a newer version, or a name that occurs
-            twice in its header.
+        ValueError: not a safetensors file, another format, a newer version, a name that occurs
+            twice in its header, or a damaged file: before anyone judges what damage left.
     """
     refuse_no_file(path)
     _refuse_duplicate_names(Path(path))
@@ -138,9 +138,11 @@ def read_checked(
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             check_format(path, metadata, kind, version)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+    refuse_damaged(path, metadata, _sha256(tensors))
+    return tensors, metadata
 
 
 def check_format(path: PathLike, metadata: Mapping[str, str], kind: str, version: int) -> None:
@@ -166,22 +168,18 @@ def check_format(path: PathLike, metadata: Mapping[str, str], kind: str, version
         )
 
 
-def refuse_damaged(
-    path: PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
+def refuse_damaged(path: PathLike, metadata: Mapping[str, str], found: str) -> None:
     """Refuse a file whose tensors are not, bit for bit, those that were written.
-
-    Comes after the checks that can say what is wrong.
 
     Args:
         path: the file, for the message.
-        tensors: all of its tensors.
         metadata: its metadata.
+        found: the checksum of its tensors.
 
     Raises:
         ValueError: a checksum that is missing or does not match.
     """
-    if metadata.get("sha256") != _sha256(tensors):
+    if metadata.get("sha256") != found:
         raise ValueError(f"{os.fspath(path)!r} does not match its checksum: the file is damaged")
 
 

@@ -91,6 +91,27 @@ class BaseIdentity:
         }
         return _hash(sorted(kept.items()))
 
+    def refuse_later_ties(self, now: BaseIdentity) -> None:
+        """Refuse a model in which a weight was tied or untied, masked or not.
+
+        Args:
+            now: of the same model, later.
+
+        Raises:
+            RuntimeError: names the weights.
+        """
+        before, after = (self.ties or {}).items(), (now.ties or {}).items()
+        changes = [
+            f"{name!r} was {what} {first!r}"
+            for what, pairs in (("untied from", before - after), ("tied to", after - before))
+            for name, first in sorted(pairs)
+        ]
+        if changes:
+            raise RuntimeError(
+                f"weights must be tied or untied before train_only; {', '.join(changes)} after it, "
+                "so a delta would fit no base; undo that, and do it before train_only"
+            )
+
 
 def structure_of(layout: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
     """Return the SHA-256 of names, shapes and dtypes.

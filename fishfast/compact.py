@@ -32,9 +32,6 @@ __all__ = [
 ]
 
 
-_SHARDED = "a tuned model cannot be sharded: fully_shard replaces its parameters; use DDP"
-
-
 class _TappedModule(nn.Module):
     """What a module with masked weights does differently. Mixed in before the module's class."""
 
@@ -44,8 +41,8 @@ class _TappedModule(nn.Module):
         """Keep masked weights from ``module.weight = None``."""
         if param is None and name in self._masked:
             raise RuntimeError(
-                f"the masked parameter {name!r} of {type(self).__name__} must be a tensor; got "
-                "None; release() before taking it away"
+                f"the masked weight {self._masked[name].name!r} must be a tensor; got None; "
+                "release() before taking it away"
             )
         super().register_parameter(name, param)
 
@@ -220,36 +217,63 @@ def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter
     for prefix, module in model.named_modules():
         if not isinstance(module, _TappedModule):
             continue
-        expected = {name + VALUES_SUFFIX for name in module._masked}
+        expected = {name + VALUES_SUFFIX: target for name, target in module._masked.items()}
         for name, parameter in module._parameters.items():
             if isinstance(parameter, CompactParameter):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield f"{prefix}.{name}" if prefix else name, parameter
             elif name in expected and parameter is not None:
-                raise RuntimeError(
-                    f"the trained {name!r} of {type(module).__name__} must be a compact parameter; "
-                    f"got a {type(parameter).__name__} in its place ({_SHARDED})"
-                )
+                raise RuntimeError(_replaced(expected[name], parameter))
 
 
 def refuse_retired(parameters: Iterable[Tensor]) -> None:
-    """Refuse values that the model does not train any more.
+    """Refuse values that the model does not train now.
 
     Raises:
-        RuntimeError: another mask replaced them, the model was released, or its parameters were
-            replaced. Without a gradient that would go unnoticed.
+        RuntimeError: another mask replaced them, the model was released or is lent, or something
+            else is in their place. Without a gradient that would go unnoticed.
     """
     for parameter in parameters:
         if not isinstance(parameter, CompactParameter):
             continue
-        if parameter.target.retired:
-            parameter.target.weight()  # raises
-        module, name = parameter.target.owners[0]
-        if module._parameters.get(name + VALUES_SUFFIX) is not parameter:
-            raise RuntimeError(
-                f"parameters must be those that the model trains; its {type(module).__name__} does "
-                f"not hold the values of {name!r} any more: after tuned.release() nothing is left "
-                "to train; call train_only again and make a new optimizer from its parameters "
-                f"({_SHARDED})"
-            )
+        target = parameter.target
+        module, name = target.owners[0]
+        if target.retired:
+            target.weight()  # raises
+        if (held := module._parameters.get(name + VALUES_SUFFIX)) is not parameter:
+            raise RuntimeError(_why_not_trained(target, held))
+
+
+def _why_not_trained(target: Target, held: Tensor | None) -> str:
+    """Say what became of values that an optimizer still holds: others are held in their place."""
+    module, name = target.owners[0]
+    if target.lent:
+        return (
+            f"{target.name!r} does not train within a with tuned.released() block, which lends the "
+            "plain model; step after the block"
+        )
+    if isinstance(held, CompactParameter):
+        return (
+            f"parameters must be those that the model trains now; got those of {target.name!r} "
+            "from before release(); make a new optimizer from the later train_only's parameters()"
+        )
+    if isinstance(module, _TappedModule) and name in module._masked:
+        return _replaced(target, held)
+    return (
+        f"{target.name!r} does not train any more: release() gave the plain model back; to go on, "
+        "call train_only again and make a new optimizer from its handle's parameters()"
+    )
+
+
+def _replaced(target: Target, held: Tensor | None) -> str:
+    """Say that something else is in the place of trained values, and what to do."""
+    if type(held).__name__ == "DTensor":
+        return (
+            "a tuned model cannot be sharded; fully_shard put a DTensor in the place of the "
+            f"trained values of {target.name!r}; use DistributedDataParallel"
+        )
+    return (
+        f"the trained values of {target.name!r} must be a compact parameter; got "
+        f"{type(held).__name__} in their place; write into them, or release() before replacing them"
+    )

@@ -24,23 +24,25 @@ class Target:
     Args:
         owners: every (module, parameter name) that holds the weight; several when it is tied.
         indices: ascending flat indices of the selected weights, row-major.
+        name: the weight's in the model, for errors.
 
     Attributes:
         plan: how calls of the owners compute the gradient; None if none of them does.
+        retired: another mask replaced the values: whoever still trains them is told so.
+        lent: the model is plain for now, in a ``with tuned.released()`` block.
     """
 
     plan: Plan | None = None
+    retired = lent = False
 
-    def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor) -> None:
-        self.owners = owners
+    def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor, name: str) -> None:
+        self.owners, self.name = owners, name
         # The compiled step reads them by address, so they are nobody else's to change.
         self.indices = indices.clone(memory_format=torch.contiguous_format)
-        module, name = owners[0]
-        self.shape = module._parameters[name].shape  # type: ignore[union-attr]
-        self.retired = False  # by another mask: whoever still trains these values is told so
+        module, own_name = owners[0]
+        self.shape = module._parameters[own_name].shape  # type: ignore[union-attr]
         self._seen: _Seen | None = None
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
-        self.name = ""  # the weight's in the model, for errors: set by who knows it
 
     def weight(self) -> Tensor:
         """Return the weight as the module holds it now.
@@ -51,20 +53,21 @@ class Target:
         """
         if self.retired:
             raise RuntimeError(
-                "parameters must be those of the model's present mask; got some of before "
-                "tuned.remask; pass it optimizer=, or make a new optimizer from tuned.parameters()"
+                f"parameters must be those of the model's present mask; got those of {self.name!r} "
+                "from before tuned.remask; pass remask optimizer=, or make a new optimizer from "
+                "tuned.parameters()"
             )
         module, name = self.owners[0]
         weight = module._parameters.get(name)  # a parametrization or pruning takes it away
         if weight is None or weight.shape != self.shape:
             got = "gone" if weight is None else f"of shape {tuple(weight.shape)} now"
             raise RuntimeError(
-                f"the masked parameter {name!r} of {type(module).__name__} had shape "
-                f"{tuple(self.shape)} in train_only and is {got}; release() before changing it"
+                f"the masked weight {self.name!r} had shape {tuple(self.shape)} in train_only and "
+                f"is {got}; release() before changing it"
             )
         if not self.is_whole():
             raise RuntimeError(
-                f"the tied weight {name!r} was untied after train_only (load_state_dict with "
+                f"the tied weight {self.name!r} was untied after train_only (load_state_dict with "
                 "assign=True?); tie it again, for instance with model.tie_weights() in no_grad mode"
             )
         return weight

@@ -103,7 +103,7 @@ def targets_of(model: nn.Module, mask: SparseMask) -> dict[str, Target]:
         if len(found):
             module_name, _, own_name = name.rpartition(".")
             owner = (model.get_submodule(module_name), own_name)
-            targets[name] = Target([owner], found.to(parameters[name].device))
+            targets[name] = Target([owner], found.to(parameters[name].device), name)
     return targets
 
 

@@ -57,8 +57,8 @@ def tapped_property(name: str) -> property:
     def read(module: Any) -> Any:
         if name not in module._parameters:
             raise RuntimeError(
-                f"the masked parameter {name!r} of {type(module).__name__} was taken away; call "
-                "release() before a parametrization, pruning or del"
+                f"the masked weight {module._masked[name].name!r} was taken away; call release() "
+                "before a parametrization, pruning or del"
             )
         weight = module._parameters[name]
         values = module._parameters.get(values_name)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fishfast._files import PathLike
+from fishfast._names import natural
 from fishfast.delta import Delta, load_delta
 from fishfast.fisher.score_files import describe_scores
 from fishfast.mask import SparseMask
@@ -52,7 +53,7 @@ class Inspection:
         path: the file.
         file_bytes: its size.
         facts: what else is known, by name: numbers, hashes, names.
-        layers: its parameters in the order of the model.
+        layers: its parameters in the order of the model; in natural order where that is lost.
     """
 
     kind: str
@@ -160,12 +161,16 @@ def _size(mask: SparseMask) -> dict[str, Any]:
 
 
 def _layers(mask: SparseMask, dtypes: dict[str, torch.dtype]) -> list[Layer]:
+    names = list(mask.shapes)
+    if names == sorted(names):  # of scores in a file, not of a model
+        names.sort(key=natural)
+    shapes = {name: mask.shapes[name] for name in names}
     return [
         Layer(
             name, shape, prod(shape), len(mask[name]) / max(1, prod(shape)), len(mask[name]),
             str(dtypes[name]).removeprefix("torch.") if name in dtypes else None,
         )
-        for name, shape in mask.shapes.items()
+        for name, shape in shapes.items()
     ]  # fmt: skip
 
 

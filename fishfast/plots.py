@@ -33,7 +33,7 @@ BLUE, ORANGE, GREEN, PURPLE, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79
 GREY = "#666666"
 # More parameters than this get no name each.
 _MAX_NAMED = 48
-_MAX_LABELS = 28
+_MAX_LABELS = 50
 
 
 class PlottingUnavailable(ImportError):
@@ -108,7 +108,8 @@ def draw_layers(
     height = 1.6 + 0.19 * max(4, len(names)) if named else 4.6
     figure = new_figure(9, height)
     axes = figure.add_subplot()
-    positive = [value for value in values if value > 0]
+    marked = [] if overall is None else [overall[0]]
+    positive = [value for value in (*values, *marked) if value > 0]
     # Whole powers of ten, so that the axis has two labels at least.
     low = 10.0 ** math.floor(math.log10(min(positive)) - 0.01) if positive else 0.1
     high = 10.0 ** math.ceil(math.log10(max(positive))) if positive else 1.0
@@ -121,14 +122,16 @@ def draw_layers(
         axes.bar(places, lengths, bottom=low, color=colors, width=1.0)
     zeros = [place for place, value in zip(places, values, strict=True) if value == 0]
     floor = [low] * len(zeros)
-    axes.plot(
-        floor if named else zeros, zeros if named else floor, "x", color=GREY,
-        markersize=5 if named else 3, clip_on=False, zorder=5,
-    )  # fmt: skip
+    if zeros:  # an empty line would have a place in the layout: a blank strip
+        axes.plot(
+            floor if named else zeros, zeros if named else floor, "x", color=GREY,
+            markersize=5 if named else 3, clip_on=False, zorder=5,
+        )  # fmt: skip
     if named:
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel(label)
         axes.set_yticks(list(places), [_short(name) for name in names], fontsize=8)
         axes.set_ylim(len(names) - 0.4, -0.6)  # the first parameter on top
@@ -137,6 +140,7 @@ def draw_layers(
         axes.set_yscale("log")
         axes.set_ylim(low, high)
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.set_ylabel(label)
         _label_blocks(axes, names)
         axes.set_xlim(-0.6, len(names) - 0.4)
@@ -181,10 +185,13 @@ def _label_blocks(axes: Axes, names: Sequence[str]) -> None:
         if not starts or starts[-1][1] != block:
             starts.append((place, block))
     ends = [place for place, _ in starts[1:]] + [len(names)]
-    for (start, _), end in itertools.islice(zip(starts, ends, strict=True), 0, None, 2):
-        axes.axvspan(start - 0.5, end - 0.5, color="#f2f2f2", zorder=0, linewidth=0)
-    every = math.ceil(len(starts) / _MAX_LABELS)
-    shown = starts[::every]
+    sizes = {start: end - start for (start, _), end in zip(starts, ends, strict=True)}
+    for start, size in itertools.islice(sizes.items(), 0, None, 2):
+        axes.axvspan(start - 0.5, start + size - 0.5, color="#f2f2f2", zorder=0, linewidth=0)
+    shown: list[tuple[int, str]] = []
+    for place, block in sorted(starts, key=lambda found: -sizes[found[0]]):  # large ones first
+        if all(abs(place - other) >= len(names) / _MAX_LABELS for other, _ in shown):
+            shown.append((place, block))
     axes.set_xticks(
         [place for place, _ in shown], [_short(block, 30) for _, block in shown],
         rotation=60, ha="right", rotation_mode="anchor", fontsize=7,

@@ -161,7 +161,7 @@ def _restore(tuned: SparseTuning, mask: SparseMask) -> None:
         module, _, own_name = name.rpartition(".")
         owner = (tuned.model.get_submodule(module), own_name)
         device = parameters[name].device
-        target = Target([owner], leaving.to(device))
+        target = Target([owner], leaving.to(device), name)
         target.scatter_(tuned.base_values[name][where].to(device))
 
 

@@ -51,9 +51,7 @@ def find_targets(model: nn.Module, mask: SparseMask) -> list[Target]:
                 raise ValueError(
                     f"model must not have an attribute {own_name + VALUES_SUFFIX!r} beside {name!r}"
                 )
-        target = Target(owners[id(weight)], indices.to(weight.device))
-        target.name = name
-        targets.append(target)
+        targets.append(Target(owners[id(weight)], indices.to(weight.device), name))
     return targets
 
 

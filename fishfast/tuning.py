@@ -265,10 +265,11 @@ class SparseTuning:
         """
         refuse_later_ties(self.model)
         now = BaseIdentity.of(self.model, self.trained_mask)
-        if (now.structure, now.ties) != (self.base.structure, self.base.ties):
+        self.base.refuse_later_ties(now)
+        if now.structure != self.base.structure:
             raise RuntimeError(
-                "the model's names, dtypes, shapes or ties changed since train_only, so the delta "
-                "would fit no base; convert the model before train_only"
+                "the model's names, dtypes or shapes changed since train_only, so the delta would "
+                "fit no base; convert the model before train_only"
             )
         if now.weights != self.base.weights:
             raise RuntimeError(
@@ -308,9 +309,12 @@ class SparseTuning:
             if not isinstance(p, CompactParameter)
         }
         try:
+            for parameter in held:
+                parameter.target.lent = True
             yield SparseTuning.release(self)  # not what a subclass adds
         finally:
             for parameter in held:
+                parameter.target.lent = False
                 tap(parameter.target, parameter)
             for name, weight in self.model.named_parameters(remove_duplicate=False):
                 weight.requires_grad_(flags.get(name, weight.requires_grad))

@@ -96,6 +96,8 @@ def test_build_info_without_a_gpu() -> None:
     info = ff.build_info()
     assert {"cuda", "triton"} <= set(info["unavailable"])
     assert all(by_device["cuda"] == "torch" for by_device in info["operations"].values())
+    if info["nvcc"] is not None and not Path("/proc/driver/nvidia").exists():
+        assert info["unavailable"]["cuda"] == "no NVIDIA driver"
 
 
 # --- choosing ---

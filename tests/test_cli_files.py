@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from delta_damage import edit_metadata, take_apart, truncate
+from delta_damage import edit_metadata, set_value, signed, truncate
 from delta_net import Net
 from safetensors.torch import load_file, save_file
 
@@ -153,6 +153,19 @@ def test_json_has_it_all(mask_path: Path, path: Path, score_path: Path) -> None:
     assert scores["file_bytes"] == score_path.stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("order", "shown"),
+    [
+        (["h.1.w", "h.10.w", "h.1²2", "h.2.w"], ["h.1.w", "h.1²2", "h.2.w", "h.10.w"]),
+        (["wte", "h.10.w", "h.2.w"], ["wte", "h.10.w", "h.2.w"]),
+    ],
+    ids=["alphabetical", "of a model"],
+)
+def test_numbers_in_names_are_in_order(order: list[str], shown: list[str], tmp_path: Path) -> None:
+    ff.SparseMask({}, dict.fromkeys(order, (1,))).save(tmp_path / "m")
+    assert [layer.name for layer in ff.inspect_file(tmp_path / "m").layers] == shown
+
+
 def flip_last_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -165,11 +178,7 @@ def foreign(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, "is not a whole safetensors file"),
-    "one bit": (
-        flip_last_bit,
-        "the file is damaged|the indices of 'z.weight' reach from|"
-        "the indices of 'norm.weight' reach from",
-    ),
+    "one bit": (flip_last_bit, "does not match its checksum: the file is damaged"),
     "text": (lambda path: path.write_text("hello, what is this file?"), "is not a whole safetens"),
     "empty": (lambda path: path.write_bytes(b""), "is not a whole safetensors file"),
     "foreign": (
@@ -193,8 +202,7 @@ def test_bad_files_are_one_line(kind: str, name: str, request: pytest.FixtureReq
 def test_damaged_header_of_scores(score_path: Path) -> None:
     for change, text in (
         ({"num_samples": "5"}, "the header does not match its checksum: the file is damaged"),
-        ({"num_samples": "-5"}, "has a broken header"),
-        ({"roads": "{}"}, "roads and scores must match; 'a.bias' is in one only"),
+        ({"num_samples": "-5"}, "the header does not match its checksum: the file is damaged"),
         ({"sha256": "0"}, "does not match its checksum: the file is damaged"),
     ):
         whole = score_path.read_bytes()
@@ -204,11 +212,10 @@ def test_damaged_header_of_scores(score_path: Path) -> None:
 
 
 def test_scores_that_are_none(score_path: Path) -> None:
-    header, data = take_apart(score_path)
-    start = len(score_path.read_bytes()) - len(data) + header["z.weight"]["data_offsets"][0]
-    content = bytearray(score_path.read_bytes())
-    content[start + 3] |= 0x80  # the sign of the first score
-    score_path.write_bytes(content)
+    set_negative = set_value("z.weight", -1.0)
+    set_negative(score_path)
+    assert "does not match its checksum: the file is damaged" in failed(run("inspect", score_path))
+    signed(set_negative)(score_path)
     assert "scores must be at least 0; 'z.weight' has -1.0" in failed(run("inspect", score_path))
 
 

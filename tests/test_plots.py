@@ -26,11 +26,14 @@ def names_of(blocks: int) -> list[str]:
     parts = ("attention.q", "attention.k", "attention.v", "attention.out", "mlp.up", "mlp.down")
     inner = [f"{part}_proj.{kind}" for part in parts for kind in ("weight", "bias")]
     body = [f"model.layers.{i}.{name}" for i in range(blocks) for name in inner]
-    return ["model.embedding.weight", *body, "head.weight"]
+    return ["model.embedding.weight", "model.positions.weight", *body, "head.weight"]
 
 
 def assert_labels_apart(figure) -> None:
-    """No label of an axis, a title or a legend covers another one or leaves the picture."""
+    """No label of an axis, a title or a legend covers another one or leaves the picture.
+
+    And no strip below them is left blank.
+    """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -46,6 +49,8 @@ def assert_labels_apart(figure) -> None:
         for one, other in itertools.combinations(boxes, 2):
             assert not one.overlaps(other)
     whole = figure.bbox
+    lowest = [label.get_window_extent(renderer).y0 for label in axes.get_xticklabels()]
+    assert min(axes.xaxis.label.get_window_extent(renderer).y0, *lowest) < whole.y0 + 15
     legend, title = axes.get_legend(), axes._left_title
     boxes = [part.get_window_extent(renderer) for part in (legend, title) if part is not None]
     for label in (axes.xaxis.label, axes.yaxis.label):
@@ -78,6 +83,10 @@ def test_a_bar_for_each_parameter_and_no_label_on_another(blocks: int) -> None:
         end = bar.get_x() + bar.get_width() if named else bar.get_y() + bar.get_height()
         low = (axes.get_xlim() if named else axes.get_ylim())[0]
         assert end == pytest.approx(max(value, low))
+    low, high = axes.get_xlim() if named else axes.get_ylim()
+    assert low <= 3 <= high  # the mark of the whole model
+    if blocks == 0:  # and so no value of 0
+        return
     crosses = axes.lines[0]
     places = crosses.get_ydata() if named else crosses.get_xdata()
     assert list(places) == [i for i, value in enumerate(values) if value == 0]

@@ -113,7 +113,9 @@ def test_another_parameter_of_a_masked_layer_is_parametrized(first: str, what: s
         with tuned.released() as plain:
             mask = chosen(plain, first_weight=[3])
         if first == "masked":  # the base had other names
-            with pytest.raises(RuntimeError, match="shapes or ties changed since train_only"):
+            with pytest.raises(
+                RuntimeError, match="names, dtypes or shapes changed since train_only"
+            ):
                 tuned.remask(mask)
         else:
             tuned.remask(mask)
@@ -185,6 +187,28 @@ def test_a_tie_made_later_is_named(tmp_path: Path) -> None:
     assert tuned.report() == before
 
 
+def test_a_later_tie_of_weights_without_a_mask_is_named(tmp_path: Path) -> None:
+    model = TiedNet()
+    model.norm = nn.LayerNorm(11)
+    model.third = nn.Linear(6, 11, bias=False)
+    tuned = ff.train_only(model, mask_of(model, {"norm.weight": torch.arange(3)}))
+    ff.save_delta(tuned, tmp_path / "before")
+    shared, own = model.embed.weight, model.third.weight
+    model.third.weight = shared
+    with pytest.raises(
+        RuntimeError, match=r"; 'third\.weight' was tied to 'embed\.weight' after it"
+    ):
+        ff.save_delta(tuned, tmp_path / "after")
+    model.third.weight, model.head.weight = own, nn.Parameter(shared.detach().clone())
+    with pytest.raises(
+        RuntimeError, match=r"; 'head\.weight' was untied from 'embed\.weight' afte"
+    ):
+        ff.save_delta(tuned, tmp_path / "after")
+    model.head.weight = shared
+    ff.save_delta(tuned, tmp_path / "after")
+    assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
+
+
 def test_weights_tied_again_are_no_new_tie() -> None:
     model = TiedNet()
     tuned = ff.train_only(model, mask_of(model, {"embed.weight": torch.arange(9)}))
@@ -204,15 +228,25 @@ def test_no_step_of_a_released_model(make: str) -> None:
     else:
         optimizer = ff.SGD(tuned.parameters(), lr=0.1)
     train(model, optimizer)
+    before = state_of(model)
     with tuned.released():
-        pass
+        with pytest.raises(
+            RuntimeError, match=r"'conv\.weight' does not train within .* after the"
+        ):
+            optimizer.step()
+        assert_state(model, before)
     train(model, optimizer)
     tuned.release()
     before = state_of(model)
     for again in (False, True):
-        if again:  # by another handle
+        if again:
             ff.train_only(model, tuned.mask)
-        with pytest.raises(RuntimeError, match="nothing is left to train; call train_only again"):
+        text = (
+            r"got those of 'conv\.weight' from before release\(\); make a new optimizer"
+            if again
+            else r"'conv\.weight' does not train any more: .*; to go on, call train_only again"
+        )
+        with pytest.raises(RuntimeError, match=text):
             optimizer.step()
         assert_state(model, before)
     optimizer.state_dict()  # a checkpoint of it can still be saved
@@ -222,7 +256,7 @@ def test_a_masked_weight_is_not_set_to_none() -> None:
     model = two_layers()
     tuned = ff.train_only(model, chosen(model, first_weight=[0]))
     before = state_of(model)
-    with pytest.raises(RuntimeError, match="'weight' of Linear must be a tensor; got None; rele"):
+    with pytest.raises(RuntimeError, match=r"'0\.weight' must be a tensor; got None; release"):
         model[0].weight = None
     assert_state(model, before)
     model[0].bias = None  # which has no mask
@@ -230,13 +264,25 @@ def test_a_masked_weight_is_not_set_to_none() -> None:
     assert next(tuned.parameters()).grad is not None
 
 
-def test_values_that_were_replaced_are_named() -> None:
-    """As fully_shard does: DTensors in the place of all parameters."""
+class DTensor(nn.Parameter):
+    """Stands for torch's, which takes two seconds to import and needs a process group."""
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (DTensor, r"cannot be sharded; fully_shard put .* values of '0\.weight'; use Distributed"),
+        (
+            nn.Parameter,
+            r"values of '0\.weight' must be a compact parameter; got Parameter in their",
+        ),
+    ],
+)
+def test_values_that_were_replaced_are_named(other: Any, text: str) -> None:
     model = two_layers()
     tuned = ff.train_only(model, chosen(model, first_weight=[0]))
     optimizer = ff.SGD(tuned.parameters(), lr=0.1)
-    model[0]._parameters["weight_values"] = nn.Parameter(torch.zeros(1))
-    with pytest.raises(RuntimeError, match="must be a compact parameter; got a Parameter in its"):
-        list(tuned.parameters())
-    with pytest.raises(RuntimeError, match=r"any more.*cannot be sharded: fully_shard replaces"):
-        optimizer.step()
+    model[0]._parameters["weight_values"] = other(torch.zeros(1))
+    for call in (lambda: list(tuned.parameters()), optimizer.step):
+        with pytest.raises(RuntimeError, match=text):
+            call()

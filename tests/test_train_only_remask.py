@@ -190,7 +190,9 @@ def test_an_optimizer_that_was_not_passed_refuses_to_step(make: str) -> None:
     for zero in (False, True):  # also without any gradient
         if zero:
             optimizer.zero_grad()
-        with pytest.raises(RuntimeError, match=r"some of before tuned\.remask; pass it optimizer="):
+        with pytest.raises(
+            RuntimeError, match=r"from before tuned\.remask; pass remask optimizer="
+        ):
             optimizer.step()
     assert_state(tuned.model, before)
     with pytest.raises(ValueError, match="optimizer must hold compact parameters of this model"):

@@ -140,7 +140,9 @@ def test_load_with_assign_of_a_tied_weight_is_refused_by_name() -> None:
     train(tuned.model, optimizer)
     base = state_of(net())
     tuned.model.load_state_dict(copy.deepcopy(base), assign=True)
-    with pytest.raises(RuntimeError, match="tied weight 'weight'.* was untied after train_only"):
+    with pytest.raises(
+        RuntimeError, match=r"tied weight 'first\.weight' was untied after train_only"
+    ):
         train(tuned.model, optimizer)
     # Tied again, it trains on from the loaded weights, not from the masters of before.
     with torch.no_grad():
@@ -191,13 +193,11 @@ def test_parametrizing_a_masked_weight_is_refused(wrap: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     tuned = ff.train_only(model, mask_over_all(model))
     optimizer = ff.SGD(tuned.parameters(), lr=0.1)
-    with pytest.raises(
-        RuntimeError, match=r"'weight' of .*Linear was taken away; call release\(\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was taken away; call release\(\)"):
         wrap(model[0])
     for parameter in tuned.parameters():
         parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(RuntimeError, match=r"'weight' of .*Linear had shape \(3, 4\).* is gone"):
+    with pytest.raises(RuntimeError, match=r"'0\.weight' had shape \(3, 4\).* is gone"):
         optimizer.step()
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fishfast._files import PathLike
-from fishfast._names import match_names
+from fishfast._names import match_names, natural
 from fishfast.base_identity import BaseIdentity, Digest, structure_of
 from fishfast.checkpoints.files import Checkpoint, open_checkpoint
 from fishfast.delta import Delta
@@ -80,7 +78,7 @@ def diff_checkpoints(
     """
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     _refuse_other_layout(before, after)
-    names = sorted(before, key=_natural)
+    names = sorted(before, key=natural)
     named = set(match_names(buffers, names, "buffers")) if buffers else set()
     as_buffers = {
         name
@@ -163,10 +161,10 @@ def _pieces(old: StoredTensor, new: StoredTensor, bar: tqdm) -> Iterator[tuple[T
 def _refuse_other_layout(before: Checkpoint, after: Checkpoint) -> None:
     problems = []
     for one, other in ((before, after), (after, before)):
-        if only := sorted(set(one) - set(other), key=_natural):
+        if only := sorted(set(one) - set(other), key=natural):
             more = f" and {len(only) - 3:,} more" if len(only) > 3 else ""
             problems.append(f"only {str(one.path)!r} has {', '.join(map(repr, only[:3]))}{more}")
-    for name in sorted(set(before) & set(after), key=_natural):
+    for name in sorted(set(before) & set(after), key=natural):
         was, now = before[name], after[name]
         if (was.shape, was.dtype) != (now.shape, now.dtype):
             problems.append(
@@ -177,10 +175,3 @@ def _refuse_other_layout(before: Checkpoint, after: Checkpoint) -> None:
         raise ValueError(
             f"checkpoints must have the same names, shapes and dtypes; {'; '.join(problems[:3])}"
         )
-
-
-def _natural(name: str) -> list[Any]:
-    """Sort ``layer.2`` before ``layer.10``; a file does not know the model's order."""
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
-    ]

@@ -106,7 +106,9 @@ def _layers(runs: Runs) -> Figure:
         name: [100 * statistics.mean(r.densities[own] for r in runs[name]) for own in names]
         for name in fish
     }
-    low = 10.0 ** math.floor(math.log10(min(m for found in means.values() for m in found if m > 0)))
+    shown = [m for found in means.values() for m in found if m > 0]
+    shown += [float(_family(name)[1]) for name in fish]
+    low = 10.0 ** math.floor(math.log10(min(shown)))
     # Beside each other, and those of no weight in a band of their own, left of the scale.
     for name, color, beside in zip(fish, (BLUE, ORANGE, GREEN), (-0.2, 0.0, 0.2), strict=True):
         density = _family(name)[1]

@@ -79,11 +79,10 @@ def read_scores(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any], dict
     """
     tensors, header = read_checked(path, _FORMAT, _VERSION)
     source = repr(os.fspath(path))
+    _check_header(source, header)
     facts = _read_facts(source, tensors, header)
     for name, score in tensors.items():
         _check_score(name, score, source)
-    refuse_damaged(path, tensors, header)
-    _check_header(source, header)
     # The order in which they were scored, which decides ties; safetensors has one of its own.
     return {name: tensors[name] for name in facts["roads"]}, facts, header
 
@@ -104,20 +103,22 @@ def describe_scores(path: PathLike) -> tuple[dict[str, ScoreFacts], dict[str, An
     tensors, header = open_tensors(path)
     check_format(path, header, _FORMAT, _VERSION)
     source = repr(os.fspath(path))
+    _check_header(source, header)
     facts = _read_facts(source, tensors, header)
-    found, checksum = {}, Checksum()
+    found, checksum, problem = {}, Checksum(), ""
     for name, tensor in sorted(tensors.items()):
         checksum.begin(name, tensor.dtype, tensor.shape)
         total, zeros = 0.0, 0
         for piece in tensor.pieces():
-            _check_score(name, piece, source)
             checksum.update(piece)
+            if problem := problem or _problem_of(name, piece):
+                continue  # damage, perhaps, as the whole checksum tells
             total += float(piece.sum(dtype=torch.float64))
             zeros += len(piece) - int(piece.count_nonzero())
         found[name] = ScoreFacts(tuple(tensor.shape), tensor.numel(), total, zeros)
-    if header.get("sha256") != checksum.hexdigest():
-        raise ValueError(f"{source} does not match its checksum: the file is damaged")
-    _check_header(source, header)
+    refuse_damaged(path, header, checksum.hexdigest())
+    if problem:
+        raise ValueError(f"{source}: {problem}")
     return {name: found[name] for name in facts["roads"]}, facts
 
 
@@ -222,9 +223,16 @@ FACTS: dict[str, Callable[[Any], Any]] = {
 
 
 def _check_score(name: str, score: Tensor, source: str) -> None:
+    if problem := _problem_of(name, score):
+        raise ValueError(f"{source}: {problem}")
+
+
+def _problem_of(name: str, score: Tensor) -> str:
+    """Say what is wrong with scores; empty if nothing is."""
     if score.dtype != torch.float32:
-        raise ValueError(f"{source}: scores must be torch.float32; {name!r} is {score.dtype}")
+        return f"scores must be torch.float32; {name!r} is {score.dtype}"
     if not torch.isfinite(score).all():
-        raise ValueError(f"{source}: scores must be finite; {name!r} has NaN or infinity")
+        return f"scores must be finite; {name!r} has NaN or infinity"
     if (score < 0).any():
-        raise ValueError(f"{source}: scores must be at least 0; {name!r} has {float(score.min())}")
+        return f"scores must be at least 0; {name!r} has {float(score.min())}"
+    return ""
