@@ -1,6 +1,6 @@
 # One command each: makes .venv, installs torch and fishfast with its extension, and runs.
 #   make demo                            the demo on real data, with pictures in demo-pictures/
-#   make test                            all tests
+#   make test                            all tests, in two processes
 #   make test TORCH=torch==2.13.0        with another torch (a CPU build, where your index has one)
 TORCH ?= torch
 PYTHON ?= python3
@@ -14,8 +14,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(RUN) -m fishfast demo --png demo-pictures
 
+# torch's idle threads would spin on the other process's core; the order leaves no long file last.
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 doctest: $(VENV)/installed
 	$(RUN) -m pytest --doctest-modules fishfast

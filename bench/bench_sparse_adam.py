@@ -5,10 +5,10 @@ and the update compiled. Dense, what a user has today: torch's fused, foreach an
 all weights. Sweeps over density, number of weights and number of tensors cross in one case. No
 figure before two steps agree with a closed form in float64 and no other weight has changed.
 
-The floor of a step on k of n weights is what it must move, at the bandwidth of a copy: gradient,
-master and both moments read, index read, master and moments written, 32 bytes per selected weight;
-and the parts of the weights in which one is selected, written once on a GPU (sectors of 32 bytes),
-read and written on a CPU (lines of 64).
+The floor of a step on k of n weights is a copy of as many bytes as it must move: gradient, index,
+master and both moments read, master and moments written, 32 bytes per selected weight; and the
+parts of the weights in which one is selected, written once on a GPU (sectors of 32 bytes), read and
+written on a CPU (lines of 64).
 
     FISHFAST_BENCH=full python -m pytest bench/bench_sparse_adam.py -s --benchmark-enable
 """
@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from adam_contenders import CONTENDERS, Step, check
-from harness import Unavailable, devices, record, roofline_us, short_set, skip
+from harness import Unavailable, copy_of, devices, record, short_set, skip
 from shapes import count, size_set
 from torch import nn
 
@@ -106,7 +106,7 @@ def bench_step(benchmark: Any, contender: str, problem: Problem, device: torch.d
         record(
             benchmark, step.run, device, moved if dense else floor_bytes,
             gate=lambda: _check(contender, problem, device),
-            floor=roofline_us(floor_bytes, 0, device, problem.dtype),
+            floor=copy_of(floor_bytes, device),
             floor_name="masked bytes, copied", contender=contender,
             num_selected=problem.num_params if dense else _num_selected(problem), **labels,
         )  # fmt: skip

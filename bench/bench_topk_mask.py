@@ -5,7 +5,7 @@ give indices in no order and any of equal scores, which is less than a mask need
 cub_topk.py where a GPU, nvcc and its headers are there. No figure before a contender selects what a
 stable sort does; the baselines, as many scores of every value.
 
-The floor is one read of the scores: at the bandwidth of a copy on a GPU, of a sum on a CPU. What
+The floor is one read of the scores: a copy of as many bytes on a GPU, a sum on a CPU. What
 may be reached is a little more than two. On a CPU "beyond" is the memory that the process took
 beyond its input, inside libraries too, and with the k indices.
 
@@ -27,10 +27,10 @@ import cub_topk
 import pytest
 import torch
 from harness import (
-    copy_bandwidth,
+    copy_of,
     devices,
     full_size,
-    read_bandwidth,
+    read_of,
     record,
     short_set,
     skip,
@@ -243,10 +243,10 @@ def bench_top_k(benchmark: Any, contender: str, problem: Problem, device: torch.
     scores = _scores(problem, device)
     run = functools.partial(_CONTENDERS[contender], scores, problem.k)
     num_bytes = problem.num_params * problem.dtype.itemsize
-    bandwidth = copy_bandwidth if device.type == "cuda" else read_bandwidth
+    one_read = copy_of if device.type == "cuda" else read_of
     record(
         benchmark, run, device, num_bytes, gate=lambda: _check(contender, problem, device),
-        floor=num_bytes / bandwidth(device) / 1e3, floor_name="one read", contender=contender,
+        floor=one_read(num_bytes, device), floor_name="one read", contender=contender,
         version=_version(contender), **labels,
     )  # fmt: skip
     if full_size() and (beyond := resident_beyond(run)) is not None:

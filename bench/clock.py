@@ -10,37 +10,18 @@ from typing import Any
 import torch
 from machine import full_size, short_set
 
-__all__ = ["compare", "measure"]
+__all__ = ["compare"]
 
-_WARMUP, _REPEATS = 3, 20
+_WARMUP, _REPEATS = 3, 60
 _FEWEST_REPEATS = 3  # of a case that is slow
 _FLUSH_BYTES = 2**28  # several times the L2 of any card
-
-
-def measure(
-    run: Callable[[], Any], device: torch.device, seconds: float | None = None
-) -> dict[str, float]:
-    """Time ``run`` on its device's clock.
-
-    Args:
-        run: what is timed; inputs are built before.
-        device: where it runs.
-        seconds: about how long to measure, beyond the fewest repeats; default 1; 0.4 where minutes
-            count, 0.02 at toy size.
-
-    Returns:
-        ``median_us``, ``p20_us`` and ``p80_us``.
-    """
-    clock = _time_cuda if device.type == "cuda" else _time_cpu
-    repeats = _warm_up([run], clock, seconds)
-    return _summary([clock(run) for _ in range(repeats)])
 
 
 def compare(
     run: Callable[[], Any], floor: Callable[[], Any], device: torch.device,
     seconds: float | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Time ``run`` and its floor in turns, and take the ratio of each turn.
+    """Time ``run`` and its floor in turns on their device's clock, and take each turn's ratio.
 
     Args:
         run: what is timed; inputs are built before.
@@ -50,16 +31,19 @@ def compare(
             count, 0.02 at toy size.
 
     Returns:
-        What `measure` returns, ``floor_us`` (median) and ``times_floor`` (median of the ratios).
+        ``median_us`` of ``run`` and ``times_floor`` of the turns' ratios, each with ``_p20`` and
+        ``_p80``, and the median ``floor_us``.
     """
     clock = _time_cuda if device.type == "cuda" else _time_cpu
     repeats = _warm_up([floor, run], clock, seconds)
     turns = [(clock(floor), clock(run)) for _ in range(repeats)]
+    p20, median, p80 = _quintiles([time for _, time in turns])
+    ratio_p20, ratio, ratio_p80 = _quintiles([time / own_floor for own_floor, time in turns])
     return {
-        **_summary([time for _, time in turns]),
-        "floor_us": statistics.median(time for time, _ in turns),
-        "times_floor": statistics.median(time / own_floor for own_floor, time in turns),
-    }
+        "median_us": median, "p20_us": p20, "p80_us": p80,
+        "floor_us": statistics.median(own_floor for own_floor, _ in turns),
+        "times_floor": ratio, "times_floor_p20": ratio_p20, "times_floor_p80": ratio_p80,
+    }  # fmt: skip
 
 
 def _warm_up(
@@ -82,9 +66,10 @@ def _seconds() -> float:
     return (0.4 if short_set() else 1.0) if full_size() else 0.02
 
 
-def _summary(times: list[float]) -> dict[str, float]:
-    quintiles = statistics.quantiles(times, n=5, method="inclusive")
-    return {"median_us": statistics.median(times), "p20_us": quintiles[0], "p80_us": quintiles[-1]}
+def _quintiles(values: list[float]) -> tuple[float, float, float]:
+    """Return p20, the median and p80."""
+    found = statistics.quantiles(values, n=5, method="inclusive")
+    return found[0], statistics.median(values), found[-1]
 
 
 def _time_cpu(run: Callable[[], Any]) -> float:

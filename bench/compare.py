@@ -1,10 +1,15 @@
 """What got slower between two JSON files of one machine: ``python bench/compare.py OLD NEW``.
 
-Takes what ``pytest --benchmark-json`` writes and what ``bench/results`` keeps. A case is slower
-where its median grew by more than ``--tolerance``, and its middle 60 % (p20 to p80) lies above that
-of before: within that, two runs of the same code are the same. Where its floor, measured in the
-same run, grew as much, the machine was slower: "slower, as its floor". Exit code: 0 nothing is
-slower, 1 something is, 2 the files cannot be compared.
+Takes what ``pytest --benchmark-json`` writes and what ``bench/results`` keeps. Compared are times
+as multiples of the floor, which was timed in turns with them: a machine that was slower throughout
+changes both. A case is slower where its multiple grew by more than ``--tolerance`` and by more than
+the noise, and its middle 60 % (p20 to p80) lies above that of before.
+
+The noise is what changed though nothing did: of the rows of other packages, in the same versions,
+nine in ten changed by no more. Each stage has its own where it has enough of them. What changed
+more among those rows is called noise, too.
+
+Exit code: 0 nothing is slower, 1 something is, 2 the files cannot be compared.
 
 Times of another device, another number of threads or of toy size are refused (``--anyway`` prints
 them all the same). Other versions of what the times depend on are named first, and a case that has
@@ -13,15 +18,16 @@ another size or dtype behind the same title is left out by name.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from figures import TIME_UNITS, Figures, Refused, Run, in_unit, read
+from figures import OURS, TIME_UNITS, Figures, Refused, Run, in_unit, is_floor, read
 from tabulate import tabulate
 
-__all__ = ["Change", "changes", "main"]
+__all__ = ["Change", "changes", "main", "noise"]
 
 # Without the same of these, times say nothing about the code.
 _REQUIRED = ("device", "threads", "rehearsal")
@@ -33,49 +39,98 @@ _WORK = (
     "num_samples", "batch", "length", "rank",
 )  # fmt: skip
 
+_FEWEST_ROWS = 10  # that tell a stage's noise
+
 Key = tuple[str, str]
 
 
 class Change(NamedTuple):
-    """One case in both files; times in microseconds."""
+    """One case in both files; times in microseconds.
+
+    Attributes:
+        time_ratio: new time over old time.
+        ratio: new over old, of the multiple of the floor where both have one, else of the time.
+    """
 
     title: str
     old: float
     new: float
-    floor_ratio: float | None
+    ratio: float
     verdict: str
 
     @property
-    def ratio(self) -> float:
+    def time_ratio(self) -> float:
         """New time over old time."""
         return self.new / self.old
 
 
-def changes(old: dict[Key, Figures], new: dict[Key, Figures], tolerance: float) -> list[Change]:
+def changes(
+    old: dict[Key, Figures], new: dict[Key, Figures], tolerance: float, noises: dict[str, float]
+) -> list[Change]:
     """Return every case that both have, what got slower first.
 
     Args:
         old: figures by name and case.
         new: figures by name and case.
-        tolerance: the part by which a median may grow.
+        tolerance: the part by which a figure may grow.
+        noises: stage -> by what factor figures of unchanged code change.
     """
     found = []
     for key in old.keys() & new.keys():
         before, after = old[key], new[key]
-        floor = None
-        if "floor_us" in before and "floor_us" in after:
-            floor = after["floor_us"] / before["floor_us"]
-        ratio = after["median_us"] / before["median_us"]
+        (p20, middle, p80), (new_p20, new_middle, new_p80) = _compared(before, after)
+        ratio, allowed = new_middle / middle, max(1 + tolerance, noises[after["stage"]])
         verdict = "same"
-        if ratio > 1 + tolerance and after["p20_us"] > before["p80_us"]:
-            as_floor = floor is not None and ratio <= floor * (1 + tolerance)
-            verdict = "slower, as its floor" if as_floor else "slower"
-        elif ratio < 1 / (1 + tolerance) and after["p80_us"] < before["p20_us"]:
-            as_floor = floor is not None and ratio >= floor / (1 + tolerance)
-            verdict = "faster, as its floor" if as_floor else "faster"
+        if ratio > allowed and new_p20 > p80:
+            verdict = "slower"
+        elif ratio < 1 / allowed and new_p80 < p20:
+            verdict = "faster"
+        if verdict != "same" and _is_unchanged(before, after):
+            verdict = "noise"
         times = before["median_us"], after["median_us"]
-        found.append(Change(_title(after), *times, floor, verdict))
+        found.append(Change(_title(after), *times, ratio, verdict))
     return sorted(found, key=lambda change: (-change.ratio, change.title))
+
+
+def noise(old: dict[Key, Figures], new: dict[Key, Figures]) -> dict[str, float]:
+    """Return by what factor figures of unchanged code differ between the files, for each stage.
+
+    Args:
+        old: figures by name and case.
+        new: figures by name and case.
+
+    Returns:
+        Nine in ten of the stage's rows of other packages changed by no more, either way. A stage
+        with too few of them has that of all stages; 1, if those are too few.
+    """
+    by_stage: dict[str, list[float]] = {}
+    for key in old.keys() & new.keys():
+        before, after = old[key], new[key]
+        factors = by_stage.setdefault(after["stage"], [])
+        if _is_unchanged(before, after) and not is_floor(after):  # which is always its own floor
+            ratio = _compared(before, after)[1][1] / _compared(before, after)[0][1]
+            factors.append(max(ratio, 1 / ratio))
+    everywhere = _ninth_tenth([factor for factors in by_stage.values() for factor in factors]) or 1
+    return {stage: _ninth_tenth(factors) or everywhere for stage, factors in by_stage.items()}
+
+
+def _is_unchanged(before: Figures, after: Figures) -> bool:
+    """Return whether a row is of another package, in the version of before."""
+    return not after["contender"].startswith(OURS) and before.get("version") == after.get("version")
+
+
+def _ninth_tenth(factors: list[float]) -> float | None:
+    if len(factors) < _FEWEST_ROWS:
+        return None
+    return statistics.quantiles(factors, n=10, method="inclusive")[-1]
+
+
+def _compared(before: Figures, after: Figures) -> list[tuple[float, float, float]]:
+    """Return p20, median and p80 of both, as multiples of the floor where both have them."""
+    floor = ("times_floor_p20", "times_floor", "times_floor_p80")
+    time = ("p20_us", "median_us", "p80_us")
+    keys = floor if all(key in before and key in after for key in floor) else time
+    return [tuple(figures[key] for key in keys) for figures in (before, after)]
 
 
 def _title(figures: Figures) -> str:
@@ -125,7 +180,7 @@ def _other_work(before: Figures, after: Figures) -> str:
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), default=0.05, show_default=True,
-    help="By what part a median may grow.",
+    help="By what part a figure may grow, noise or not.",
 )  # fmt: skip
 @click.option("--anyway", is_flag=True, help="Compare times of unlike machines too.")
 @click.pass_context
@@ -145,10 +200,13 @@ def main(context: click.Context, old: Path, new: Path, tolerance: float, anyway:
         if other := _other_work(old_figures[key], new_figures[key]):
             click.echo(f"not the same work: {_title(new_figures[key])}: {other}")
             del old_figures[key], new_figures[key]
-    found = changes(old_figures, new_figures, tolerance)
+    noises = noise(old_figures, new_figures)
+    found = changes(old_figures, new_figures, tolerance, noises)
     if not found:
         raise Refused(f"{old.name} and {new.name} have no case in common")
     _print(found, before, after)
+    told = ", ".join(f"{stage} {factor:.2f}" for stage, factor in sorted(noises.items()))
+    click.echo(f"noise, by rows of other packages: {told}")
     for path, figures, others in ((new, old_figures, new_figures), (old, new_figures, old_figures)):
         for title in sorted(_title(figures[key]) for key in figures.keys() - others.keys()):
             click.echo(f"not in {path.name}: {title}")
@@ -163,14 +221,14 @@ def _print(found: list[Change], before: Run, after: Run) -> None:
             change.title,
             in_unit(change.old, TIME_UNITS),
             in_unit(change.new, TIME_UNITS),
+            f"{change.time_ratio:.2f}",
             f"{change.ratio:.2f}",
-            "" if change.floor_ratio is None else f"{change.floor_ratio:.2f}",
             change.verdict,
         )
         for change in found
     ]
     commits = (f"at {run.machine.get('commit')}" for run in (before, after))
-    headers = ("case", *commits, "new/old", "of the floor", "")
+    headers = ("case", *commits, "new/old", "to its floor", "")
     click.echo(tabulate(rows, headers=headers, disable_numparse=True))
 
 

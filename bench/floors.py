@@ -1,55 +1,54 @@
-"""What this device does at its best, measured once in the run: copies, reads, matrix products."""
+"""What this device does at its best, as calls to time in turns with a case: copies and reads."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
-from clock import measure
-from machine import full_size
+from torch import Tensor
 
-__all__ = ["copy_bandwidth", "gemm_rate", "read_bandwidth", "roofline_us"]
+__all__ = ["copy_of", "read_of"]
 
-
-@functools.cache
-def copy_bandwidth(device: torch.device) -> float:
-    """Return GB/s of a large copy, bytes read plus bytes written: every kernel's floor."""
-    source = torch.ones(_many(device), device=device)
-    target = torch.empty_like(source)
-    timing = measure(lambda: target.copy_(source), device)
-    return 2 * source.nbytes / timing["median_us"] / 1e3
+_PIECE = 2**27  # fp32 elements: what no cache holds; longer work goes over them again
 
 
-@functools.cache
-def read_bandwidth(device: torch.device) -> float:
-    """Return GB/s of one large read: the sum of a tensor."""
-    source = torch.ones(_many(device), device=device)
-    timing = measure(source.sum, device)
-    return source.nbytes / timing["median_us"] / 1e3
-
-
-@functools.cache
-def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return TFLOP/s of a large square matrix product of random numbers, by torch's library."""
-    side = (8192 if device.type == "cuda" else 1024) if full_size() else 128
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    timing = measure(lambda: left @ right, device)
-    return 2 * side**3 / timing["median_us"] / 1e6
-
-
-def _many(device: torch.device) -> int:
-    """Return how many fp32 elements no cache holds; at toy size, few."""
-    return (2**28 if device.type == "cuda" else 2**25) if full_size() else 2**20
-
-
-def roofline_us(num_bytes: int, flops: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the time below which counted work cannot go on this device, measured in this run.
+@functools.lru_cache(maxsize=1)
+def copy_of(num_bytes: int, device: torch.device) -> Callable[[], object]:
+    """Return a call that moves as many bytes, half of them read and half written.
 
     Args:
-        num_bytes: read plus written, at the bandwidth of a copy.
-        flops: at the rate of a large matrix product; 0 leaves them out.
+        num_bytes: rounded to whole fp32 numbers.
         device: where.
-        dtype: of the product.
     """
-    moving = num_bytes / copy_bandwidth(device) / 1e3
-    return max(moving, flops / gemm_rate(device, dtype) / 1e6) if flops else moving
+    pieces = _pieces(num_bytes // 8)
+    source = torch.ones(max(pieces), device=device)
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        for piece in pieces:
+            target[:piece].copy_(source[:piece])
+
+    return run
+
+
+@functools.lru_cache(maxsize=1)
+def read_of(num_bytes: int, device: torch.device) -> Callable[[], object]:
+    """Return a call that reads as many bytes: a sum.
+
+    Args:
+        num_bytes: rounded to whole fp32 numbers.
+        device: where.
+    """
+    pieces = _pieces(num_bytes // 4)
+    source = torch.ones(max(pieces), device=device)
+
+    def run() -> list[Tensor]:
+        return [source[:piece].sum() for piece in pieces]
+
+    return run
+
+
+def _pieces(elements: int) -> list[int]:
+    whole, rest = divmod(max(1, elements), _PIECE)
+    return [_PIECE] * whole + [rest] * bool(rest)

@@ -2,10 +2,10 @@
 
 A case passes its correctness gate, or it gets no figure. It is then timed with the device's own
 clock (CUDA events; perf_counter on a CPU), after a warm-up, with a cold L2 on a GPU, and reported
-as median with p20 and p80. Bytes and FLOPs are counted from the tensors. The floor is measured in
-the same run: what the case names (one read of the tensor, a plain training step), timed in turns
-with it so that a busy machine slows both, or what the counted bytes take at the bandwidth of a
-large copy. Peak memory is what torch's allocators held, on a GPU and on a CPU alike.
+as median with p20 and p80. Bytes and FLOPs are counted from the tensors. The floor is what the case
+names (one read of the tensor, a plain training step) or a copy of the counted bytes, timed in turns
+with it so that a busy machine slows both. Peak memory is what torch's allocators held, on a GPU and
+on a CPU alike.
 
 A case calls `record`. Its keywords beyond those listed there are labels, which go into the JSON as
 they are; the report wants
@@ -19,9 +19,9 @@ they are; the report wants
     total_bytes   all that training holds at its peak, weights included
 
 and `record` adds ``median_us``, ``p20_us``, ``p80_us``, ``bytes``, ``gb_per_s``, ``flops``,
-``tflop_per_s``, ``floor_us``, ``floor_name``, ``times_floor``, ``percent_of_floor``,
-``peak_bytes`` and ``relative_error``. A contender that cannot run calls `skip`, and the report
-names it with the reason.
+``tflop_per_s``, ``floor_us``, ``floor_name``, ``times_floor`` (with ``times_floor_p20`` and
+``times_floor_p80``), ``percent_of_floor``, ``peak_bytes`` and ``relative_error``. A contender that
+cannot run calls `skip`, and the report names it with the reason.
 
 Sizes: ``FISHFAST_BENCH=toy`` shows in seconds that everything runs (the default without a GPU, for
 CI), ``full`` measures everything, ``cpu`` what two cores do in minutes, ``gpu`` what a card does.
@@ -39,15 +39,14 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from clock import compare, measure
-from floors import copy_bandwidth, gemm_rate, read_bandwidth, roofline_us
+from clock import compare
+from floors import copy_of, read_of
 from machine import full_size, machine, short_set, version
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
-    "Unavailable", "WrongResult", "compare", "copy_bandwidth", "count_flops", "devices",
-    "full_size", "gate", "gemm_rate", "machine", "measure", "peak_bytes", "read_bandwidth",
-    "record", "roofline_us", "short_set", "skip", "version", "why",
+    "Unavailable", "WrongResult", "compare", "copy_of", "count_flops", "devices", "full_size",
+    "gate", "machine", "peak_bytes", "read_of", "record", "short_set", "skip", "version", "why",
 ]  # fmt: skip
 
 
@@ -165,7 +164,7 @@ def record(
     num_bytes: int,
     *,
     flops: int = 0,
-    floor: Callable[[], Any] | float | None = None,
+    floor: Callable[[], Any] | None = None,
     gate: Callable[[], Any] | None = None,
     **labels: Any,
 ) -> None:
@@ -177,8 +176,8 @@ def record(
         device: where it runs.
         num_bytes: what the operation must move at the least.
         flops: what it must multiply and add at the least.
-        floor: what cannot be beaten: a call, timed in turns with ``run``, or microseconds. None is
-            ``num_bytes`` at the bandwidth of a copy. The label ``floor_name`` says it in words.
+        floor: what cannot be beaten, timed in turns with ``run``; None: a copy of ``num_bytes``.
+            The label ``floor_name`` says it in words.
         gate: raises AssertionError if ``run`` gives a wrong result, and may return the relative
             error; None: the caller has checked.
         labels: what the report tells cases apart by; see the head of this file.
@@ -192,10 +191,10 @@ def record(
         error = _gate(f"{contender} on {title}".removeprefix(" on "), gate)
         if isinstance(error, float):
             labels["relative_error"] = error
-    figures = _figures(run, device, num_bytes, flops, floor)
+    labels.setdefault("floor_name", "its floor" if floor else "its bytes, copied")
+    figures = _figures(run, device, num_bytes, flops, floor or copy_of(num_bytes, device))
     # In pytest-benchmark's own round: its wall clock is not used.
     figures["peak_bytes"] = benchmark.pedantic(peak_bytes, args=(run, device), rounds=1)
-    labels.setdefault("floor_name", "its floor" if callable(floor) else "its bytes, copied")
     benchmark.extra_info.update(labels, **figures)
     rate = f"{figures['gb_per_s']:>8.1f} GB/s"
     if flops:
@@ -215,15 +214,9 @@ def _figures(
     device: torch.device,
     num_bytes: int,
     flops: int,
-    floor: Callable[[], Any] | float | None,
+    floor: Callable[[], Any],
 ) -> dict[str, Any]:
-    if callable(floor):
-        timing = compare(run, floor, device)
-    else:
-        timing = measure(run, device)
-        if floor is None:
-            floor = roofline_us(num_bytes, 0, device, torch.float32)
-        timing |= {"floor_us": floor, "times_floor": timing["median_us"] / floor}
+    timing = compare(run, floor, device)
     us = timing["median_us"]
     figures = {**timing, "bytes": num_bytes, "gb_per_s": num_bytes / us / 1e3}
     if flops:

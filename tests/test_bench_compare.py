@@ -17,11 +17,16 @@ from compare import main  # noqa: E402
 MACHINE = {"device": "a card", "driver": "1", "threads": 2, "rehearsal": False, "commit": "abc"}
 
 
-def file_of(folder, name, times, raw=False, labels=None, **machine):
+def file_of(folder, name, times, raw=False, labels=None, floor=None, **machine):
     """Write figures as they are kept, or as pytest-benchmark writes them."""
     cases = []
     for case, (p20, median, p80) in times.items():
         figures = {"median_us": median, "p20_us": p20, "p80_us": p80, **(labels or {})}
+        if floor is not None:
+            figures |= {
+                "floor_us": floor, "times_floor_p20": p20 / floor, "times_floor": median / floor,
+                "times_floor_p80": p80 / floor,
+            }  # fmt: skip
         cases.append({"name": case, **({"extra_info": figures} if raw else figures)})
     path = folder / name
     path.write_text(json.dumps({"machine": {**MACHINE, **machine}, "benchmarks": cases}))
@@ -42,7 +47,7 @@ def test_what_got_slower_is_first_and_fails(tmp_path, raw):
     assert result.exit_code == 1
     lines = result.output.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["b", "a", "c"]
-    assert lines[2].split()[1:] == ["10.0", "us", "20.0", "us", "2.00", "slower"]
+    assert lines[2].split()[1:] == ["10.0", "us", "20.0", "us", "2.00", "2.00", "slower"]
     assert lines[3].endswith("same")
     assert lines[4].endswith("faster")
     assert lines[-1] == "1 of 3 cases slower"
@@ -74,15 +79,44 @@ def test_what_one_file_lacks_is_named(tmp_path):
 
 
 def test_a_machine_that_is_slower_is_told_from_code_that_is(tmp_path):
-    old = file_of(tmp_path, "old.json", {"a": (9, 10, 11)}, labels={"floor_us": 4.0})
-    slow = file_of(tmp_path, "slow.json", {"a": (19, 20, 21)}, labels={"floor_us": 8.0})
-    code = file_of(tmp_path, "code.json", {"a": (19, 20, 21)}, labels={"floor_us": 4.1})
+    old = file_of(tmp_path, "old.json", {"a": (9, 10, 11)}, floor=4.0)
+    slow = file_of(tmp_path, "slow.json", {"a": (19, 20, 21)}, floor=8.0)
+    code = file_of(tmp_path, "code.json", {"a": (19, 20, 21)}, floor=4.0)
     same = run(old, slow)
     assert same.exit_code == 0
-    assert same.output.splitlines()[2].split()[-5:] == ["2.00", "slower,", "as", "its", "floor"]
-    assert run(slow, old).output.splitlines()[2].endswith("  faster, as its floor")
+    assert same.output.splitlines()[2].split()[-3:] == ["2.00", "1.00", "same"]
     assert run(old, code).exit_code == 1
-    assert run(old, code).output.splitlines()[2].endswith("slower")
+    assert run(old, code).output.splitlines()[2].split()[-3:] == ["2.00", "2.00", "slower"]
+    assert run(slow, code).output.splitlines()[2].split()[-3:] == ["1.00", "2.00", "slower"]
+
+
+def with_others(folder, name, ours, others, version="torch 2"):
+    """Write one row of ours and those of another package, as multiples of the same time."""
+    path = file_of(folder, name, {"step": (ours, ours, ours)}, labels={"stage": "adam"})
+    content = json.loads(Path(path).read_text())
+    content["benchmarks"] += [
+        {"name": f"torch {n}", "stage": "adam", "case": "step", "contender": "torch fused",
+         "version": version, "median_us": us, "p20_us": us, "p80_us": us}
+        for n, us in enumerate(others)
+    ]  # fmt: skip
+    Path(path).write_text(json.dumps(content))
+    return path
+
+
+def test_noise_is_what_changed_though_nothing_did(tmp_path):
+    old = with_others(tmp_path, "old.json", 10, [10.0] * 20)
+    # One in ten may do anything; the rest is between a fourth less and a third more.
+    others = [7.5] * 9 + [40 / 3] * 9 + [100.0, 1.0]
+    within = run(old, with_others(tmp_path, "within.json", 13, others))
+    assert within.exit_code == 0
+    assert within.output.splitlines()[-2] == "noise, by rows of other packages: adam 2.20"
+    quiet = run(old, with_others(tmp_path, "quiet.json", 13, [10.1] * 20))
+    assert quiet.exit_code == 1
+    assert quiet.output.splitlines()[-2] == "noise, by rows of other packages: adam 1.01"
+    few = with_others(tmp_path, "few.json", 13, others[:9])
+    assert run(old, few).exit_code == 1
+    other_version = with_others(tmp_path, "version.json", 13, others, version="torch 3")
+    assert run(old, other_version).exit_code == 1
 
 
 @pytest.mark.parametrize(

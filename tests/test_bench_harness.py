@@ -96,33 +96,59 @@ def test_what_a_figure_carries(harness: Any, monkeypatch: pytest.MonkeyPatch) ->
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("floor", [None, 7.0])
-def test_floors_that_are_no_call(harness: Any, monkeypatch: pytest.MonkeyPatch, floor: Any) -> None:
-    timing = {"median_us": 70.0, "p20_us": 1.0, "p80_us": 100.0}
-    monkeypatch.setattr(harness, "measure", lambda run, device: dict(timing))
-    monkeypatch.setattr(harness, "roofline_us", lambda num_bytes, *_: num_bytes / 100)
-    case = benchmark()
-    harness.record(case, lambda: None, CPU, 3500, floor=floor)
-    expected = 35.0 if floor is None else 7.0
-    assert case.extra_info["floor_us"] == expected
-    assert case.extra_info["percent_of_floor"] == pytest.approx(100 * expected / 70)
-
-
-def test_the_roofline_is_the_larger_of_bytes_and_products(
+def test_each_turn_is_held_against_its_own_floor(
     harness: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Turns in which the machine is slow change the times, not the ratio."""
+    clock, slow = importlib.import_module("clock"), [0]
+
+    def time(run: Any) -> float:
+        slow[0] += 1
+        return run() * (3.0 if slow[0] % 8 in (3, 4) else 1.0)
+
+    monkeypatch.setattr(clock, "_time_cpu", time)
+    timing = clock.compare(lambda: 2e4, lambda: 1e4, CPU, 1.0)
+    assert timing == {
+        "median_us": 2e4, "p20_us": 2e4, "p80_us": 6e4, "floor_us": 1e4,
+        "times_floor": 2.0, "times_floor_p20": 2.0, "times_floor_p80": 2.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("bytes_beyond", [0, 16])
+def test_floors_move_what_they_say(
+    harness: Any, monkeypatch: pytest.MonkeyPatch, bytes_beyond: int
+) -> None:
     floors = importlib.import_module("floors")
-    monkeypatch.setattr(floors, "copy_bandwidth", lambda device: 10.0)  # GB/s
-    monkeypatch.setattr(floors, "gemm_rate", lambda device, dtype: 2.0)  # TFLOP/s
-    roofline = floors.roofline_us
-    assert roofline(10**7, 0, CPU, torch.float32) == pytest.approx(1000)
-    assert roofline(10**7, 10**9, CPU, torch.float32) == pytest.approx(1000)
-    assert roofline(10**7, 10**10, CPU, torch.float32) == pytest.approx(5000)
+    monkeypatch.setattr(floors, "_PIECE", 1000)
+    num_bytes = 2 * 4 * 1000 * 3 + bytes_beyond
+    sums = floors.read_of(num_bytes, CPU)()
+    assert float(sum(sums)) == num_bytes // 4
+    copied: list[int] = []
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, other: (copied.append(len(other)), copy_(self, other))
+    )
+    floors.copy_of(num_bytes, CPU)()
+    assert sum(copied) == num_bytes // 8
+
+
+def test_without_a_floor_its_bytes_are_copied(
+    harness: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "copy_of", lambda num_bytes, device: f"{num_bytes} on {device}")
+    monkeypatch.setattr(
+        harness, "compare",
+        lambda run, floor, device: {"median_us": 70.0, "times_floor": 2.0, "floor": floor},
+    )  # fmt: skip
+    case = benchmark()
+    harness.record(case, lambda: None, CPU, 3500)
+    info = case.extra_info
+    assert (info["floor"], info["floor_name"]) == ("3500 on cpu", "its bytes, copied")
 
 
 @pytest.mark.parametrize("us", [1e3, 1e5, 3e6])
 def test_repeats_follow_the_time(harness: Any, us: float) -> None:
-    """Twenty of what is fast, at the least three of what is slow, no warm-up of what takes long."""
+    """Sixty of what is fast, at the least three of what is slow, no warm-up of what takes long."""
     clock = importlib.import_module("clock")
     calls: list[int] = []
 
@@ -131,7 +157,7 @@ def test_repeats_follow_the_time(harness: Any, us: float) -> None:
         return us
 
     repeats = clock._warm_up([lambda: None], time, 1.0)
-    assert (repeats, len(calls)) == {1e3: (20, 3), 1e5: (10, 3), 3e6: (3, 1)}[us]
+    assert (repeats, len(calls)) == {1e3: (60, 3), 1e5: (10, 3), 3e6: (3, 1)}[us]
 
 
 def run_bench(folder: Path, **environment: str) -> tuple[dict[str, Any], str]:
@@ -141,11 +167,13 @@ def run_bench(folder: Path, **environment: str) -> tuple[dict[str, Any], str]:
     (folder / "bench_sample.py").write_text(BENCH_FILE)
     config = "[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n"
     (folder / "pytest.ini").write_text(config)
+    # Not as a worker of a parallel run, in which pytest-benchmark measures nothing.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-s", "-q", "--benchmark-enable", "--benchmark-quiet",
          "--benchmark-json=figures.json", "-p", "no:cacheprovider"],
         cwd=folder, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(BENCH.parent), "FISHFAST_BENCH": "toy", **environment},
+        env={**inherited, "PYTHONPATH": str(BENCH.parent), "FISHFAST_BENCH": "toy", **environment},
     )  # fmt: skip
     file = folder / "figures.json"
     return json.loads(file.read_text()) if file.exists() else {}, result.stdout + result.stderr

@@ -112,5 +112,5 @@ def test_remask_takes_the_wrapped_optimizer() -> None:
     stale: Any = Run()
     stale.train(1)
     stale.tuned.remask(copy.deepcopy(stale.tuned.mask))
-    with pytest.raises(RuntimeError, match=r"of before tuned\.remask"):
+    with pytest.raises(RuntimeError, match=r"from before tuned\.remask"):
         stale.train(1)
