@@ -14,7 +14,7 @@ from fishfast.base_identity import BaseIdentity
 from fishfast.compact import CompactParameter, tap, untap
 from fishfast.compact_target import Target
 from fishfast.mask import SparseMask
-from fishfast.masters import parameters_in_order
+from fishfast.optimizer_state import parameters_in_order
 from fishfast.targets import find_targets, refuse_later_ties, selected_values
 from fishfast.tuning import SparseTuning
 

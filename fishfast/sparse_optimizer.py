@@ -15,8 +15,14 @@ from torch.optim import Optimizer
 from fishfast import _backend
 from fishfast.capturable import Tables, learning_rate, refuse_devices
 from fishfast.compact import CompactParameter, refuse_retired
-from fishfast.masters import add_masters, parameters_in_order, take_masters
-from fishfast.update import Update, is_capturing, refuse_not_finite
+from fishfast.optimizer_state import (
+    add_masters,
+    own,
+    parameters_in_order,
+    refuse_other_shapes,
+    take_masters,
+)
+from fishfast.update import Update, count_versions, is_capturing, refuse_not_finite
 
 __all__ = ["SparseOptimizer", "require_not_negative"]
 
@@ -63,21 +69,6 @@ def _refuse_other_parameter(parameter: Tensor) -> None:
             "params must be compact parameters or contiguous float32 ones; got "
             f"{parameter.dtype} of shape {tuple(parameter.shape)}; pass tuned.parameters()"
         )
-
-
-def _count_versions(updates: list[Update]) -> None:
-    """Tell autograd that values and weights changed, which raw pointers do not, and agree."""
-    written = []
-    for update in updates:
-        written.append(update.plain)
-        if isinstance(update.values, CompactParameter) and update.weight is not None:
-            # Said first: another thread that reads the weight just now has nothing to write.
-            update.values.agreed = update.plain._version + 1
-            written.append(update.weight)
-    torch.autograd.graph.increment_version(written)
-    for update in updates:
-        if update.target is not None and update.weight is not None:
-            update.target.mark_written(update.weight)
 
 
 class SparseOptimizer(Optimizer, ABC):
@@ -201,43 +192,47 @@ class SparseOptimizer(Optimizer, ABC):
             return loss  # overflow: no update, and no step is counted
         grad_scale = float(scale) if on_host and scale is not None else 1.0
 
-        updates: dict[tuple[torch.device, bool], list[Update]] = {}
+        batches = self._checked_batches()
+        chosen_for = {
+            device: _backend.choose(self._operation, device, self._backend) for device, _ in batches
+        }
+        # Nothing was changed so far, and what follows does not fail.
+        for (device, capturable), updates in batches.items():
+            for update in updates:
+                if update.is_stale:
+                    update.values.follow_()  # type: ignore[attr-defined]
+            self._advance(updates)
+            if (backend := chosen_for[device]) == "torch":
+                for update in updates:
+                    self._update_torch(update, grad_scale)
+                    if isinstance(update.values, CompactParameter):
+                        update.values.write_()
+                continue
+            if capturable:
+                self._update_capturable(updates, (found_inf, scale))
+            else:
+                self._update_compiled(updates, grad_scale, device, backend)
+            count_versions(updates)
+        return loss
+
+    def _checked_batches(self) -> dict[tuple[torch.device, bool], list[Update]]:
+        """Return what has a gradient, checked, by its device and whether it is capturable."""
+        batches: dict[tuple[torch.device, bool], list[Update]] = {}
         for group in self.param_groups:
             self._refuse_options(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     update = Update(parameter, self.state[parameter], group)
                     kind = parameter.device, bool(group["capturable"])
-                    updates.setdefault(kind, []).append(update)
-        for (device, capturable), batch in updates.items():
+                    batches.setdefault(kind, []).append(update)
+        for (device, capturable), updates in batches.items():
             if capturable:
                 self._refuse_capturable(device)
-                for update in {id(update.group): update for update in batch}.values():
+                for update in {id(update.group): update for update in updates}.values():
                     learning_rate(update)
             elif self._check_finite:
-                refuse_not_finite(batch)
-        chosen_for = {
-            device: _backend.choose(self._operation, device, self._backend) for device, _ in updates
-        }
-        # Nothing was changed so far, and what follows does not fail.
-        for (device, capturable), batch in updates.items():
-            for update in batch:
-                if update.is_stale:
-                    update.values.follow_()  # type: ignore[attr-defined]
-            self._advance(batch)
-            chosen = chosen_for[device]
-            if chosen == "torch":
-                for update in batch:
-                    self._update_torch(update, grad_scale)
-                    if isinstance(update.values, CompactParameter):
-                        update.values.write_()
-                continue
-            if capturable:
-                self._update_capturable(batch, (found_inf, scale))
-            else:
-                self._update_compiled(batch, grad_scale, device, chosen)
-            _count_versions(batch)
-        return loss
+                refuse_not_finite(updates)
+        return batches
 
     def _refuse_options(self, group: dict[str, Any]) -> None:
         """Refuse what a param group was given since, before anything is changed."""
@@ -313,7 +308,7 @@ class SparseOptimizer(Optimizer, ABC):
         """
         capturable = [group["capturable"] for group in self.param_groups]
         # The last of the hooks: it sees what the user's own made of the state.
-        last = self.register_load_state_dict_pre_hook(lambda _, state: self._check_shapes(state))
+        last = self.register_load_state_dict_pre_hook(refuse_other_shapes)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -323,27 +318,8 @@ class SparseOptimizer(Optimizer, ABC):
             group.update(dict.fromkeys(_UNSUPPORTED.keys() & group.keys(), False))
             group["capturable"] = as_before
             for parameter in group["params"]:
-                self._own_state(parameter, parameter.device if as_before else torch.device("cpu"))
+                own(
+                    self.state.get(parameter, {}),
+                    device_of_step=parameter.device if as_before else torch.device("cpu"),
+                )
         take_masters(self)
-
-    def _own_state(self, parameter: Tensor, device_of_step: torch.device) -> None:
-        """Copy what was loaded, or a live optimizer's state would move with this one's."""
-        state = self.state.get(parameter, {})
-        for name, value in state.items():
-            if name == "step":  # a number in old states
-                step = torch.as_tensor(value, dtype=torch.float32)
-                state[name] = step.to(device_of_step, copy=True)
-            elif isinstance(value, Tensor):  # torch's has its parameter's strides
-                state[name] = value.clone(memory_format=torch.contiguous_format)
-
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        """The compiled step trusts that state is as long as its parameter."""
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        for index, parameter in zip(saved, parameters_in_order(self), strict=False):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
-                    raise ValueError(
-                        f"state_dict must fit the parameters; got {name!r} of shape "
-                        f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}; "
-                        "was it saved with another mask?"
-                    )

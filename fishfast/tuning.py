@@ -5,38 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-import torch
 from tabulate import tabulate
 from torch import nn
-from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch.optim import Optimizer
 
+from fishfast.attachment import Attachment, attach
 from fishfast.base_identity import BaseIdentity
 from fishfast.compact import (
     VALUES_SUFFIX,
     CompactParameter,
     compact_parameters,
-    refuse_retired,
     tap,
     untap,
 )
 from fishfast.mask import SparseMask
-from fishfast.masters import add_masters, parameters_in_order, take_masters
 from fishfast.targets import refuse_later_ties, selected_values
 
-__all__ = ["Attachment", "SparseTuning"]
-
-
-class Attachment:
-    """What `SparseTuning.attach` added to an optimizer."""
-
-    def __init__(self, *handles: RemovableHandle) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        """Take it off again."""
-        for handle in self._handles:
-            handle.remove()
+__all__ = ["SparseTuning"]
 
 
 class SparseTuning:
@@ -158,44 +143,7 @@ class SparseTuning:
             >>> optimizer = torch.optim.RMSprop(tuned.parameters())
             >>> handle = tuned.attach(optimizer)
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch optimizer; got {type(optimizer).__name__}")
-        if isinstance(optimizer, LBFGS):
-            raise TypeError(
-                "optimizer must update once per step; got LBFGS, which evaluates the model several "
-                "times before its values reach the weights"
-            )
-        mask, own = self.mask, {id(parameter) for parameter in self.parameters()}
-
-        def held() -> list[CompactParameter]:
-            nonlocal mask, own
-            if mask is not self.mask:
-                mask, own = self.mask, {id(parameter) for parameter in self.parameters()}
-            return [p for p in parameters_in_order(optimizer) if id(p) in own]  # type: ignore[misc]
-
-        if not held():
-            raise ValueError(
-                "optimizer must hold compact parameters of this model; got none of them; make it "
-                "with tuned.parameters()"
-            )
-
-        def follow(*_: object) -> None:
-            refuse_retired(parameters_in_order(optimizer))
-            for parameter in held():
-                parameter.follow_()
-
-        def write_back(*_: object) -> None:
-            for parameter in held():
-                parameter.write_()
-
-        take_masters(optimizer)  # of a state that was loaded before
-        disable = torch.compiler.disable  # a compiled training step breaks here, and goes on
-        return Attachment(
-            optimizer.register_step_pre_hook(disable(follow)),
-            optimizer.register_step_post_hook(disable(write_back)),
-            optimizer.register_state_dict_post_hook(add_masters),
-            optimizer.register_load_state_dict_post_hook(take_masters),
-        )
+        return attach(self, optimizer)
 
     def remask(
         self,

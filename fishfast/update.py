@@ -10,7 +10,7 @@ from torch import Tensor
 from fishfast.compact import CompactParameter
 from fishfast.compact_target import Target
 
-__all__ = ["Update", "is_capturing", "refuse_in_capture", "refuse_not_finite"]
+__all__ = ["Update", "count_versions", "is_capturing", "refuse_in_capture", "refuse_not_finite"]
 
 # What a step reads besides the gradient, by address.
 _STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -189,3 +189,18 @@ def refuse_not_finite(updates: list[Update]) -> None:
             f"gradients must be finite with check_finite=True; got NaN or infinity for "
             f"{', '.join(bad)}; nothing was changed"
         )
+
+
+def count_versions(updates: list[Update]) -> None:
+    """Tell autograd that values and weights changed, which raw pointers do not, and agree."""
+    written = []
+    for update in updates:
+        written.append(update.plain)
+        if isinstance(update.values, CompactParameter) and update.weight is not None:
+            # Said first: another thread that reads the weight just now has nothing to write.
+            update.values.agreed = update.plain._version + 1
+            written.append(update.weight)
+    torch.autograd.graph.increment_version(written)
+    for update in updates:
+        if update.target is not None and update.weight is not None:
+            update.target.mark_written(update.weight)

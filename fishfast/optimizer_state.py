@@ -1,4 +1,4 @@
-"""Masters in an optimizer's state dict, so that resuming equals not having stopped.
+"""An optimizer's state dict: masters in it, so that resuming equals not having stopped, and checks.
 
 A bf16 or fp16 weight does not hold its fp32 master's bits, and the model's state dict has the base
 model's keys only: the master travels as the entry ``"master"`` of the parameter's optimizer state.
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from fishfast.compact import CompactParameter
 
-__all__ = ["add_masters", "parameters_in_order", "take_masters"]
+__all__ = ["add_masters", "own", "parameters_in_order", "refuse_other_shapes", "take_masters"]
 
 
 def parameters_in_order(optimizer: Optimizer) -> list[Tensor]:
@@ -44,3 +44,35 @@ def take_masters(optimizer: Optimizer) -> None:
             with torch.no_grad():
                 parameter.copy_(master)
             parameter.refresh_()
+
+
+def own(state: dict[str, Any], device_of_step: torch.device) -> None:
+    """Copy what was loaded for a parameter, or a live optimizer's state would move with this one's.
+
+    Args:
+        state: changed in place.
+        device_of_step: where the step count is read.
+    """
+    for name, value in state.items():
+        if name == "step":  # a number in old states
+            step = torch.as_tensor(value, dtype=torch.float32)
+            state[name] = step.to(device_of_step, copy=True)
+        elif isinstance(value, Tensor):  # torch's has its parameter's strides
+            state[name] = value.clone(memory_format=torch.contiguous_format)
+
+
+def refuse_other_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse state that is not as long as its parameter, as the compiled step trusts that it is.
+
+    Raises:
+        ValueError: names the state and both shapes.
+    """
+    saved = (index for group in state_dict["param_groups"] for index in group["params"])
+    for index, parameter in zip(saved, parameters_in_order(optimizer), strict=False):
+        for name, value in state_dict["state"].get(index, {}).items():
+            if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise ValueError(
+                    f"state_dict must fit the parameters; got {name!r} of shape "
+                    f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}; "
+                    "was it saved with another mask?"
+                )
