@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,10 +61,10 @@ def test_masks_for_workers_from_files_and_over_processes(
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
     )
     try:
-        names = {"ff": ff, "fisher": fisher, "shards": scores, "dist": dist}
-        # Each line gives a mask; the last two give the same.
-        *_, split, from_file, together = code.splitlines()
-        exec("\n".join([split, from_file, "of_file = mask", together]), names)
+        names: dict[str, Any] = {"ff": ff, "fisher": fisher, "shards": scores}
+        # The last two lines give the same mask.
+        *before, together = code.splitlines()
+        exec("\n".join([*before, "of_file = mask", together]), names)
     finally:
         dist.destroy_process_group()
     assert names["mask"] == names["of_file"] == ff.top_k_mask(fisher, density=0.005)
