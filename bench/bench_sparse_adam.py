@@ -105,7 +105,7 @@ def bench_step(benchmark: Any, contender: str, problem: Problem, device: torch.d
         floor_bytes = problem.floor_bytes(device)
         record(
             benchmark, step.run, device, moved if dense else floor_bytes,
-            gate=lambda: _check(contender, problem, device),
+            gate=lambda: _check(step, dense, problem),
             floor=copy_of(floor_bytes, device),
             floor_name="masked bytes, copied", contender=contender,
             num_selected=problem.num_params if dense else _num_selected(problem), **labels,
@@ -118,15 +118,17 @@ def _num_selected(problem: Problem) -> int:
     return int(problem.density * problem.num_params)
 
 
-def _check(contender: str, problem: Problem, device: torch.device) -> float:
-    torch.manual_seed(0)
-    small = dataclasses.replace(problem, num_params=20_000, num_tensors=3)
-    return check(CONTENDERS[contender](*_tuned(small, device)))
+def _check(step: Step, dense: bool, problem: Problem) -> float:
+    """Check the very step that is timed, at its size, and that it steps all that it should."""
+    trained = problem.num_params if dense else _num_selected(problem)
+    sizes = sum(w.numel() for w in step.weights), sum(g.numel() for g in step.gradients)
+    assert sizes == (problem.num_params, trained), f"weights and gradients of {sizes}"
+    return check(step)
 
 
 def _step(contender: str, problem: Problem, device: torch.device) -> Step:
     if device.type == "cuda":
-        needed = problem.num_params * problem.dtype.itemsize * (4 if "dense" in contender else 2)
+        needed = problem.num_params * problem.dtype.itemsize * (6 if "dense" in contender else 3)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + held
         if needed > free:
@@ -146,7 +148,8 @@ def _tuned(problem: Problem, device: torch.device) -> tuple[nn.Module, ff.Sparse
     for position in range(problem.num_tensors):
         layer = nn.Module()  # of its own, as in a real model
         size = first + (position < rest)
-        weight = torch.empty(size, dtype=problem.dtype, device=device).normal_()
+        # Small: next to a large weight bf16 rounds a step away, and the check would see none.
+        weight = torch.empty(size, dtype=problem.dtype, device=device).normal_(std=1e-3)
         layer.register_parameter("weight", nn.Parameter(weight))
         model.add_module(f"layer{position}", layer)
     # Normal weights: the largest lie anywhere. Half a billion random indices would take a minute.

@@ -114,6 +114,48 @@ def test_a_write_outside_the_mask_gets_no_figure(
         _run(module, "fishfast")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("contender", ["fishfast", "torch fused, dense"])
+def test_no_step_gets_no_figure(
+    module: ModuleType, contenders: ModuleType, monkeypatch: pytest.MonkeyPatch, contender: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    build = contenders.CONTENDERS[contender]
+
+    def wrong(model: Any, tuned: ff.SparseTuning) -> Any:
+        step = build(model, tuned)
+        return contenders.Step(lambda: None, step.weights, step.gradients, step.indices)
+
+    monkeypatch.setitem(contenders.CONTENDERS, contender, wrong)
+    with pytest.raises(AssertionError, match="a weight is off by 1.27e-03"):
+        _run(module, contender, dtype)
+
+
+def test_what_is_wrong_only_at_the_timed_size_gets_no_figure(
+    module: ModuleType, contenders: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: Any, tuned: ff.SparseTuning) -> Any:
+        step = contenders._fishfast(model, tuned)
+        if sum(w.numel() for w in step.weights) == 50_000:
+            step.run = lambda: None
+        return step
+
+    monkeypatch.setitem(contenders.CONTENDERS, "fishfast", wrong)
+    problem = module.Problem(50_000, 0.005, 3, torch.float32)
+    with pytest.raises(AssertionError, match="a weight is off by"):
+        module.bench_step(SimpleNamespace(name="case"), "fishfast", problem, _CPU)
+
+
+def test_a_step_on_too_few_weights_gets_no_figure(
+    module: ModuleType, contenders: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        contenders.CONTENDERS, "fishfast", lambda *_: contenders.Step(lambda: None, [], [], [])
+    )
+    with pytest.raises(AssertionError, match=r"weights and gradients of \(0, 0\)"):
+        _run(module, "fishfast")
+
+
 def test_a_compiler_that_fails_is_named(
     module: ModuleType, contenders: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,21 @@ def _larger_steps(training: Any, weights: dict[str, Any]) -> None:
     training.optimizer.param_groups[0]["lr"] *= 1.5
 
 
+def _slightly_larger_steps(training: Any, weights: dict[str, Any]) -> None:
+    training.optimizer.param_groups[0]["lr"] *= 1.01
+
+
+def _one_weight_left_out(training: Any, weights: dict[str, Any]) -> None:
+    step, target = training.optimizer.step, training.parameters[0].target
+    first = target.weight().view(-1)[target.indices[:1]].clone()
+
+    def wrong() -> None:
+        step()
+        target.weight().view(-1)[target.indices[:1]] = first
+
+    training.optimizer.step = torch.no_grad()(wrong)
+
+
 def _no_steps(training: Any, weights: dict[str, Any]) -> None:
     training.optimizer.step = lambda: None
 
@@ -92,7 +107,9 @@ def _no_steps(training: Any, weights: dict[str, Any]) -> None:
         (_ulp_elsewhere, "changed [0-9]+ weights of '.*' that it does not train"),
         (_other_entries, "gradients have a relative error of"),
         (_larger_steps, "its loss is"),
-        (_no_steps, "trains nothing"),
+        (_slightly_larger_steps, "[0-9]+ trained weights of '.*' are off by up to 0.02 steps"),
+        (_one_weight_left_out, "1 trained weights of '.*' are off by up to"),
+        (_no_steps, "it does not train ([0-9]+) of \\1 parameters"),
     ],
 )
 def test_a_wrong_step_gets_no_figure(
@@ -122,6 +139,17 @@ def test_adapters_must_leave_the_base_alone(
     _plant(contenders, monkeypatch, "LoRA all-linear", decay_the_base)
     with pytest.raises(AssertionError, match="changed 1024 weights of 'bert.pooler.dense.weight'"):
         _run(module, "LoRA all-linear")
+
+
+def test_full_fine_tuning_must_train_every_parameter(
+    module: ModuleType, contenders: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget_one(training: Any, weights: dict[str, Any]) -> None:
+        training.optimizer.param_groups[0]["params"].pop()
+
+    _plant(contenders, monkeypatch, "full fine-tuning", forget_one)
+    with pytest.raises(AssertionError, match="it does not train 1 of [0-9]+ parameters"):
+        _run(module, "full fine-tuning")
 
 
 @pytest.mark.parametrize(
