@@ -149,6 +149,7 @@ def _library(*sources: Path) -> Any:
 
 def _fisher_on_card() -> dict[str, dict[str, Any]]:
     """Hold the Triton kernels against the CPU, and a second run against the first."""
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions is not fp32
     reference = _fisher("cpu")
     first, second = _fisher("cuda"), _fisher("cuda")
     return {
@@ -227,11 +228,16 @@ def main() -> None:
 @main.command("run")
 @click.argument("device", type=click.Choice(_DEVICES))
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-def _run(device: str, file: Path) -> None:
+@click.option(
+    "--only", type=click.Choice(["bits", "fisher"]), help="The compiled part, or Triton's."
+)
+def _run(device: str, file: Path, only: str | None) -> None:
     """Compute everything on DEVICE and write its fingerprints to FILE."""
     sys.path.insert(0, str(_TESTS))
-    result: dict[str, Any] = {"device": device, "bits": _masks(device) | _steps(device)}
-    if device == "cuda":
+    result: dict[str, Any] = {"device": device, "bits": {}}
+    if only != "fisher":
+        result["bits"] = _masks(device) | _steps(device)
+    if device == "cuda" and only != "bits":
         result["fisher"] = _fisher_on_card()
     file.write_text(json.dumps(result, indent=1) + "\n")
     click.echo(

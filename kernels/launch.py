@@ -42,6 +42,11 @@ def divide_samples(
 
 def fp32_precision() -> str:
     """Return the ``input_precision`` of products of fp32 operands, as the user set it for torch."""
+    # Torch 2.9's own setting follows the older ones; asked in the old way, torch raises where the
+    # user has set it in the new way.
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 GPU_REASON = "no CUDA device on this machine"
 LARGE_REASON = "takes gigabytes of memory; run with -m large"
 
+# Convolutions, too, in fp32 as on the CPU: on a card torch takes tf32 for them unless told.
+torch.backends.cudnn.allow_tf32 = False
+
 # The modules that assert for tests: their failures show the values too.
 pytest.register_assert_rewrite(
     "capturable_runs",

@@ -34,9 +34,9 @@ exit 0
 SANITIZER = """#!/usr/bin/env bash
 echo "sanitizer $*" >>"$LOG"
 [ -n "$REFUSES" ] && echo "Device not supported"
-[ "$*" = --help ] && echo "  --kernel-regex arg" && exit 0
+[ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]] && sleep 60
 [ -n "$MUTE" ] || echo "========= ERROR SUMMARY: 0 errors"
-[ -n "$FINDS" ] && [[ "$*" == *"$FINDS"* ]] && exit 99
+[ -n "$FINDS" ] && [[ "$*" == *"$FINDS"* ]] && echo "=========     at $WHOSE" && exit 99
 exit 0
 """
 
@@ -52,7 +52,10 @@ class Script:
         for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
             (self.root / name).touch()
         shutil.copy(ROOT / "bench" / "run_gpu.sh", self.root / "bench")
-        (self.root / "tests" / "test_peft.py").write_text("import peft\n")
+        for name in ("peft", "torch"):
+            marked = f"import {name}\npytestmark = pytest.mark.gpu\n"
+            (self.root / "tests" / f"test_{name}.py").write_text(marked)
+        (self.root / "tests" / "test_cpu.py").touch()
         self.bin.mkdir()
         self.put("python3", PYTHON)
         self.put("g++", "#!/bin/sh\n")
@@ -64,7 +67,7 @@ class Script:
 
     def __call__(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
         self.log.write_text("")
-        names = ("ARCH", "LACKS", "BROKEN", "SLOW", "REFUSES", "FINDS", "MUTE")
+        names = ("ARCH", "LACKS", "BROKEN", "SLOW", "REFUSES", "FINDS", "WHOSE", "MUTE")
         environment = {**dict.fromkeys(names, ""), **environment, "LOG": str(self.log)}
         environment["PATH"] = f"{self.bin}:/usr/bin:/bin"
         environment["CUDA_HOME"] = "/nowhere"
@@ -139,10 +142,39 @@ def test_a_failing_part_is_named_and_stops_only_what_needs_it(script: Script) ->
 
 def test_nothing_is_measured_on_a_failed_build(script: Script) -> None:
     result = script(BROKEN="pip install")
+    assert "build     failed: pip could not install it after" in result.stdout
     assert result.returncode == 1
     assert script.summary()["build"] == "failed"
     assert script.summary()["bench"] == "not run: the build failed"
     assert script.calls("pytest") == 0
+
+
+def test_nvcc_alone_builds_where_pip_cannot(script: Script) -> None:
+    result = script("--only", "build", ARCH="90", BROKEN="pip install")
+    assert result.returncode == 0
+    assert script.calls("bench/build_in_place.py 90") == 1
+
+
+def test_a_build_without_the_card_is_a_failure(script: Script) -> None:
+    """Torch's own operations would be tested and timed in its place."""
+    result = script("--only", "build", ARCH="90", BROKEN="unavailable")
+    assert result.returncode == 1
+    assert "build     failed: a backend is not available" in result.stdout
+
+
+def test_what_the_package_needs_is_named_first(script: Script) -> None:
+    result = script(LACKS="tqdm tabulate")
+    assert result.returncode == 1
+    assert "failed: fishfast and its benchmarks need tqdm tabulate, not installed" in result.stdout
+    assert script.calls("pip install") == 0
+
+
+def test_a_card_that_torch_does_not_see_is_no_rehearsal(script: Script) -> None:
+    script.put("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
+    result = script()
+    assert result.returncode == 2
+    assert "there is a GPU that torch does not see" in result.stderr
+    assert script("--only", "hashes", CUDA_VISIBLE_DEVICES="").returncode == 0
 
 
 def test_no_test_that_passed_is_a_failure(script: Script) -> None:
@@ -164,16 +196,42 @@ def test_the_four_sanitizers_run_on_a_card(script: Script) -> None:
     result = script(ARCH="90")
     assert result.returncode == 0, result.stdout
     assert script.summary() == dict.fromkeys(PARTS, "ok")
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+    for tool in ("racecheck", "initcheck", "synccheck"):
         assert script.calls(f"sanitizer --tool {tool}") == 1
-    assert script.calls("initcheck --error-exitcode 99 --kernel-regex kns=fishfast") == 1
+    assert script.calls("sanitizer --tool memcheck") == 2  # Triton's kernels, too
+    assert script.calls("--report-api-errors no") == 5
     assert (script.out / "sanitize.done").exists()
     assert script.calls("-m gpu") == 1
-    result = script("--only", "sanitize", ARCH="90", FINDS="racecheck")
-    assert result.returncode == 1
-    assert "errors found by: racecheck\n" in result.stdout
+    assert script.calls("tests/test_cpu.py") == 0
     result = script("--only", "sanitize", ARCH="90", MUTE="yes")
-    assert "errors found by: memcheck, which gave no summary" in result.stdout
+    assert "errors found by: memcheck of bits, which gave no summary" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("tool", "whose", "blamed"),
+    [
+        ("racecheck", "fishfast::topk::count(Work)+0x110", True),
+        ("racecheck", "void cub::DeviceRadixSort()+0x110", False),
+        ("memcheck", "void at::native::index_kernel()+0x110", True),  # with indices of ours
+    ],
+)
+def test_errors_in_kernels_of_others(script: Script, tool: str, whose: str, blamed: bool) -> None:
+    script.put("compute-sanitizer", SANITIZER)
+    result = script("--only", "sanitize", ARCH="90", FINDS=tool, WHOSE=whose)
+    assert result.returncode == blamed, result.stdout
+    expected = f"failed: errors found by: {tool} of bits" if blamed else "kernels of others only"
+    assert expected in result.stdout
+
+
+def test_a_sanitizer_without_end_leaves_the_findings_of_the_others(script: Script) -> None:
+    script.put("compute-sanitizer", SANITIZER)
+    result = script(
+        "--only", "sanitize", "--minutes", "0.12", ARCH="90", SLOW="synccheck", FINDS="racecheck",
+        WHOSE="fishfast::topk::count(Work)+0x110",
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "found by: racecheck of bits synccheck of bits: not done after" in result.stdout
+    assert "memcheck of fisher: no time was left" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -192,7 +250,8 @@ def test_missing_packages_are_named_and_the_rest_runs(script: Script) -> None:
     result = script(LACKS="pytest_benchmark peft", ARCH="90")
     assert result.returncode == 3
     assert "not run: tests/test_peft.py needs peft, which is not installed" in result.stdout
-    assert script.calls("--ignore=tests/test_peft.py") == 1
+    assert script.calls("tests/test_torch.py") == 1
+    assert script.calls("tests/test_peft.py") == 0
     assert "bench     not run: pytest_benchmark is not installed" in result.stdout
     assert script.summary()["tests"] == "ok"
 

@@ -134,7 +134,9 @@ def test_step_past_two_billion_weights(make: Any) -> None:
     (parameter,) = tuned.parameters()
     parameter.grad = torch.ones_like(parameter)
     make([parameter], lr=0.5, backend="cuda").step()
-    assert torch.equal(model[0].nonzero().flatten().cpu(), chosen)
+    changed = model[0].detach() != 0  # nonzero() of so many is not in every torch
+    assert changed.sum() == len(chosen)
+    assert changed[chosen.cuda()].all()
 
 
 @pytest.mark.parametrize("make", [ff.AdamW, ff.Adam, ff.SGD])

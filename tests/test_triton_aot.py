@@ -38,6 +38,17 @@ def _h200(monkeypatch: pytest.MonkeyPatch):
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch is older than 2.9"
+)
+def test_precision_set_in_the_new_way() -> None:
+    for setting, expected in (("tf32", "tf32"), ("ieee", "ieee")):
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert launch.fp32_precision() == expected
+    torch.set_float32_matmul_precision("high")
+    assert launch.fp32_precision() == "tf32"
+
+
 def check(launches, num_expected) -> list:
     """Compile; ``num_expected`` says that the recorder saw what the test meant it to see."""
     launches = list(dict.fromkeys(launches))
