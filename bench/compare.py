@@ -108,8 +108,8 @@ def noise(old: dict[Key, Figures], new: dict[Key, Figures]) -> dict[str, float]:
         before, after = old[key], new[key]
         factors = by_stage.setdefault(after["stage"], [])
         if _is_unchanged(before, after) and not is_floor(after):  # which is always its own floor
-            ratio = _compared(before, after)[1][1] / _compared(before, after)[0][1]
-            factors.append(max(ratio, 1 / ratio))
+            (_, middle, _), (_, new_middle, _) = _compared(before, after)
+            factors.append(max(new_middle / middle, middle / new_middle))
     everywhere = _ninth_tenth([factor for factors in by_stage.values() for factor in factors]) or 1
     return {stage: _ninth_tenth(factors) or everywhere for stage, factors in by_stage.items()}
 

@@ -21,8 +21,7 @@ def copy_of(num_bytes: int, device: torch.device) -> Callable[[], object]:
         num_bytes: rounded to whole fp32 numbers.
         device: where.
     """
-    pieces = _pieces(num_bytes // 8)
-    source = torch.ones(max(pieces), device=device)
+    source, pieces = _source(num_bytes // 8, device)
     target = torch.empty_like(source)
 
     def run() -> None:
@@ -40,8 +39,7 @@ def read_of(num_bytes: int, device: torch.device) -> Callable[[], object]:
         num_bytes: rounded to whole fp32 numbers.
         device: where.
     """
-    pieces = _pieces(num_bytes // 4)
-    source = torch.ones(max(pieces), device=device)
+    source, pieces = _source(num_bytes // 4, device)
 
     def run() -> list[Tensor]:
         return [source[:piece].sum() for piece in pieces]
@@ -49,6 +47,8 @@ def read_of(num_bytes: int, device: torch.device) -> Callable[[], object]:
     return run
 
 
-def _pieces(elements: int) -> list[int]:
+def _source(elements: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Return ones, and how many of them each pass takes."""
     whole, rest = divmod(max(1, elements), _PIECE)
-    return [_PIECE] * whole + [rest] * bool(rest)
+    pieces = [_PIECE] * whole + [rest] * bool(rest)
+    return torch.ones(max(pieces), device=device), pieces

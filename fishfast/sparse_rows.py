@@ -83,11 +83,10 @@ def launch(
     extension = _backend.compiled()
     assert rows.itemsize == getattr(extension, f"{operation.upper()}_ROW_BYTES")
     call = getattr(extension, f"{operation}_{backend}")
-    if backend == "cpu":
-        entries = sum(update.plain.numel() for update in updates)
-        call(rows.ctypes.data, len(rows), _backend.num_threads(entries * _TIME))
-        return
     counts = tuple(update.plain.numel() for update in updates)
+    if backend == "cpu":
+        call(rows.ctypes.data, len(rows), _backend.num_threads(sum(counts) * _TIME))
+        return
     chunks = chunk_table(counts, extension.ENTRIES_PER_STEP_CHUNK, device)
     table = to_device(rows, device)
     num_chunks = chunks.numel() // CHUNK_DTYPE.itemsize
