@@ -142,16 +142,16 @@ def table(cases: list[Case]) -> list[str]:
     per_sample = any(case.time_key == "us_per_sample" for case in cases)
     head = ("case", "contender", "version", "time per sample" if per_sample else "time",
             "p20 to p80", "ratio", "% of floor", "floor", "memory")  # fmt: skip
-    lines = [_row(head), _row(["---", "---", "---", *["---:"] * 4, "---", "---:"])]
+    lines = [table_row(head), table_row(["---", "---", "---", *["---:"] * 4, "---", "---:"])]
     for case in cases:
         title = case.title
         for row in case.rows:
-            lines.append(_row([title, *_cells(case, row)]))
+            lines.append(table_row([title, *_cells(case, row)]))
             title = ""
     return lines
 
 
-def _row(cells: Iterable[str]) -> str:
+def table_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
 
 

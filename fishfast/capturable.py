@@ -158,7 +158,8 @@ class Tables:
         if present is None or present.layout != layout or present.content != content:
             refuse_in_capture("options or state changed")
             counts = tuple(update.values.numel() for update in updates)
-            chunks = chunk_table(counts, entries, device)
+            _, stream = device_and_stream(device)
+            chunks = chunk_table(counts, entries, device, stream)
             present = self._present[device] = _Table(layout, content, rows, plans, chunks)
         if capturing:
             held += [tensor for update in updates for tensor in update.state.values()]

@@ -87,10 +87,11 @@ def launch(
     if backend == "cpu":
         call(rows.ctypes.data, len(rows), _backend.num_threads(sum(counts) * _TIME))
         return
-    chunks = chunk_table(counts, extension.ENTRIES_PER_STEP_CHUNK, device)
+    index, stream = device_and_stream(device)
+    chunks = chunk_table(counts, extension.ENTRIES_PER_STEP_CHUNK, device, stream)
     table = to_device(rows, device)
     num_chunks = chunks.numel() // CHUNK_DTYPE.itemsize
-    call(table.data_ptr(), chunks.data_ptr(), num_chunks, *device_and_stream(device))
+    call(table.data_ptr(), chunks.data_ptr(), num_chunks, index, stream)
     del held  # the stream orders their reuse after the kernel
 
 
@@ -124,13 +125,17 @@ def fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
 
 
 @functools.lru_cache(maxsize=8)
-def chunk_table(counts: tuple[int, ...], entries: int, device: torch.device) -> Tensor:
-    """Return which row and entry each block starts at; on the device, made once.
+def chunk_table(
+    counts: tuple[int, ...], entries: int, device: torch.device, stream: int
+) -> Tensor:
+    """Return which row and entry each block starts at; on the device, made once for each stream.
 
     Args:
         counts: entries of each row.
         entries: entries that one block updates.
         device: where the blocks run.
+        stream: the present one, which reads it: what is forgotten here while another stream still
+            read it would be overwritten.
     """
     table = [(start, row) for row, count in enumerate(counts) for start in range(0, count, entries)]
     return torch.from_numpy(np.array(table, CHUNK_DTYPE).view(np.uint8)).to(device)
