@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -15,6 +14,12 @@ from torch.optim import Optimizer
 from fishfast import _backend
 from fishfast.capturable import Tables, learning_rate, refuse_devices
 from fishfast.compact import CompactParameter, refuse_retired
+from fishfast.optimizer_options import (
+    UNSUPPORTED,
+    refuse_not_numbers,
+    refuse_other_parameter,
+    refuse_unsupported,
+)
 from fishfast.optimizer_state import (
     add_masters,
     own,
@@ -22,33 +27,10 @@ from fishfast.optimizer_state import (
     refuse_other_shapes,
     take_masters,
 )
+from fishfast.step_batch import Batch, LastStep, checked
 from fishfast.update import Update, count_versions, is_capturing, refuse_not_finite
 
-__all__ = ["SparseOptimizer", "require_not_negative"]
-
-# Options of torch's optimizers that change what a step is, and why there are none here.
-_UNSUPPORTED = {
-    "differentiable": "weights are written in place, past autograd",
-}
-
-
-def require_not_negative(**options: float | Tensor) -> None:
-    """Check numbers, or tensors with one element.
-
-    Args:
-        **options: the value of each option.
-
-    Raises:
-        ValueError: a negative number, NaN, or a tensor with another number of elements.
-    """
-    for name, value in options.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"{name} must be a number or a tensor with one element; got shape "
-                f"{tuple(value.shape)}"
-            )
-        if not float(value) >= 0:
-            raise ValueError(f"{name} must be at least 0; got {value}")
+__all__ = ["SparseOptimizer"]
 
 
 @functools.cache
@@ -59,16 +41,6 @@ def _keep_out_of_compiled_graphs() -> None:
     seconds and which torch's optimizers load at that time, too.
     """
     SparseOptimizer._step = torch.compiler.disable(SparseOptimizer._step)  # type: ignore[method-assign]
-
-
-def _refuse_other_parameter(parameter: Tensor) -> None:
-    if isinstance(parameter, CompactParameter):
-        return
-    if parameter.dtype != torch.float32 or not parameter.is_contiguous():
-        raise ValueError(
-            "params must be compact parameters or contiguous float32 ones; got "
-            f"{parameter.dtype} of shape {tuple(parameter.shape)}; pass tuned.parameters()"
-        )
 
 
 class SparseOptimizer(Optimizer, ABC):
@@ -96,6 +68,7 @@ class SparseOptimizer(Optimizer, ABC):
     ) -> None:
         self._backend, self._check_finite = backend, check_finite
         self._tables = Tables()
+        self._last: LastStep | None = None
         if hasattr(params, "parameters"):
             raise TypeError(
                 f"params must be an iterable of parameters; got a {type(params).__name__}; "
@@ -115,6 +88,7 @@ class SparseOptimizer(Optimizer, ABC):
             self._tables = Tables()
         self.__dict__.setdefault("_check_finite", False)
         self._tables.forget()
+        self._last = None
         for group in self.param_groups:
             for name, value in self._former_options.items():
                 group.setdefault(name, value)
@@ -137,16 +111,14 @@ class SparseOptimizer(Optimizer, ABC):
         """
         held = len(self.param_groups)
         options = {**self.defaults, **param_group}
-        for name, reason in _UNSUPPORTED.items():
-            if options.get(name):
-                raise ValueError(f"{name} must be False; got {options[name]}: {reason}")
+        refuse_unsupported(options)
         super().add_param_group(param_group)
         try:
             for parameter in self.param_groups[-1]["params"]:
                 if options["capturable"]:
                     self._refuse_capturable(parameter.device)
                 if parameter.requires_grad:
-                    _refuse_other_parameter(parameter)
+                    refuse_other_parameter(parameter)
         except (RuntimeError, ValueError):
             del self.param_groups[held:]
             raise
@@ -192,59 +164,60 @@ class SparseOptimizer(Optimizer, ABC):
             return loss  # overflow: no update, and no step is counted
         grad_scale = float(scale) if on_host and scale is not None else 1.0
 
-        batches = self._checked_batches()
-        chosen_for = {
-            device: _backend.choose(self._operation, device, self._backend) for device, _ in batches
-        }
+        batches, last = self._checked_batches()
         # Nothing was changed so far, and what follows does not fail.
-        for (device, capturable), updates in batches.items():
-            for update in updates:
-                if update.is_stale:
-                    update.values.follow_()  # type: ignore[attr-defined]
-            self._advance(updates)
-            if (backend := chosen_for[device]) == "torch":
-                for update in updates:
-                    self._update_torch(update, grad_scale)
-                    if isinstance(update.values, CompactParameter):
-                        update.values.write_()
-                continue
-            if capturable:
-                self._update_capturable(updates, (found_inf, scale))
-            else:
-                self._update_compiled(updates, grad_scale, device, backend)
-            count_versions(updates)
+        for batch in batches:
+            if last is None:
+                for update in batch.updates:
+                    if update.is_stale:
+                        update.values.follow_()  # type: ignore[attr-defined]
+                self._prepare(batch.updates)
+            self._update(batch, grad_scale, (found_inf, scale))
+        if last is None and all(batch.rows is not None for batch in batches):
+            last = LastStep(self.param_groups, self._row_kind, batches)
+        if last is not None:
+            last.let_go_of_gradients()
+        self._last = last
         return loss
 
-    def _checked_batches(self) -> dict[tuple[torch.device, bool], list[Update]]:
-        """Return what has a gradient, checked, by its device and whether it is capturable."""
-        batches: dict[tuple[torch.device, bool], list[Update]] = {}
+    def _checked_batches(self) -> tuple[list[Batch], LastStep | None]:
+        """Return what has a gradient, checked, and the last step if all else is as in that."""
         for group in self.param_groups:
             self._refuse_options(group)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update = Update(parameter, self.state[parameter], group)
-                    kind = parameter.device, bool(group["capturable"])
-                    batches.setdefault(kind, []).append(update)
-        for (device, capturable), updates in batches.items():
-            if capturable:
-                self._refuse_capturable(device)
-                for update in {id(update.group): update for update in updates}.values():
+        last, self._last = self._last, None  # until this step is done
+        batches = last.again(self.param_groups, self.state) if last is not None else None
+        if batches is None:
+            batches, last = checked(self.param_groups, self.state), None
+        for batch in batches:
+            if batch.capturable:
+                self._refuse_capturable(batch.device)
+                for update in {id(update.group): update for update in batch.updates}.values():
                     learning_rate(update)
             elif self._check_finite:
-                refuse_not_finite(updates)
-        return batches
+                refuse_not_finite(batch.updates)
+            batch.backend = _backend.choose(self._operation, batch.device, self._backend)
+        return batches, last
+
+    def _update(
+        self, batch: Batch, grad_scale: float, scaling: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        if not batch.capturable:
+            self._count(batch.updates)
+        if batch.backend == "torch":
+            for update in batch.updates:
+                self._update_torch(update, grad_scale)
+                if isinstance(update.values, CompactParameter):
+                    update.values.write_()
+            return
+        if batch.capturable:
+            self._update_capturable(batch.updates, scaling)
+        else:
+            self._update_compiled(batch, grad_scale)
+        count_versions(batch.updates)
 
     def _refuse_options(self, group: dict[str, Any]) -> None:
         """Refuse what a param group was given since, before anything is changed."""
-        for name in self._numbers:
-            value = group[name]
-            # Nearly all are floats, and to ask for Real takes a microsecond.
-            is_number = type(value) is float or isinstance(value, Real)
-            if not (is_number or (isinstance(value, Tensor) and value.numel() == 1)):
-                raise ValueError(
-                    f"{name} must be a number or a tensor with one element; got {value!r} in a "
-                    "param group"
-                )
+        refuse_not_numbers(group, self._numbers)
 
     def _refuse_capturable(self, device: torch.device) -> None:
         if self._check_finite:
@@ -263,18 +236,24 @@ class SparseOptimizer(Optimizer, ABC):
                     "capturable=True, or step outside the CUDA graph"
                 )
 
+    @staticmethod
     @abstractmethod
-    def _advance(self, updates: list[Update]) -> None:
-        """Make missing state and, unless the device does, count the step."""
+    def _row_kind(group: dict[str, Any]) -> tuple[bool, ...]:
+        """Return the options of a group that decide which addresses a row has."""
+
+    @abstractmethod
+    def _prepare(self, updates: list[Update]) -> None:
+        """Make missing state."""
+
+    def _count(self, updates: list[Update]) -> None:  # noqa: B027 - SGD counts none
+        """Count a step of parameters that are not capturable."""
 
     @abstractmethod
     def _update_torch(self, update: Update, grad_scale: float) -> None:
         """Update one parameter with torch operations; the caller scatters."""
 
     @abstractmethod
-    def _update_compiled(
-        self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
-    ) -> None:
+    def _update_compiled(self, batch: Batch, grad_scale: float) -> None:
         """Update and scatter all parameters of one device in one call."""
 
     @abstractmethod
@@ -315,7 +294,7 @@ class SparseOptimizer(Optimizer, ABC):
             last.remove()
         # How it ran where it was saved is not how this optimizer runs.
         for group, as_before in zip(self.param_groups, capturable, strict=True):
-            group.update(dict.fromkeys(_UNSUPPORTED.keys() & group.keys(), False))
+            group.update(dict.fromkeys(UNSUPPORTED.keys() & group.keys(), False))
             group["capturable"] = as_before
             for parameter in group["params"]:
                 own(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fishfast import _backend
+from fishfast.step_batch import Batch
 from fishfast.update import Update
 
 __all__ = [
@@ -64,27 +65,28 @@ def fill_scalars(
         if key not in known:  # a group's parameters have nearly always taken the same steps
             known[key] = scalars_of(update)
         filled.append(known[key])
-    rows["scalars"] = filled  # whole columns: numpy takes 5 us to fill one record
+    # Whole columns: numpy takes 5 us to fill one record.
+    rows["scalars"] = filled if len(known) > 1 else filled[0]
 
 
-def launch(
-    operation: str, rows: np.ndarray, updates: list[Update], device: torch.device, backend: str
-) -> None:
+def launch(operation: str, rows: np.ndarray, batch: Batch) -> None:
     """Update and scatter all parameters of one device.
 
     Args:
         operation: ``"sparse_adam"`` or ``"sparse_sgd"``.
         rows: one per update, state and scalars filled.
-        updates: the parameters.
-        device: where they are.
-        backend: ``"cpu"`` or ``"cuda"``.
+        batch: the parameters, on a CPU or a GPU; keeps the rows.
     """
-    held = fill_addresses(rows, updates)
+    updates, device = batch.updates, batch.device
+    if batch.rows is None:
+        batch.rows, batch.held = rows, fill_addresses(rows, updates)
+    else:
+        rows["grad"] = [update.grad.data_ptr() for update in updates]
     extension = _backend.compiled()
     assert rows.itemsize == getattr(extension, f"{operation.upper()}_ROW_BYTES")
-    call = getattr(extension, f"{operation}_{backend}")
+    call = getattr(extension, f"{operation}_{batch.backend}")
     counts = tuple(update.plain.numel() for update in updates)
-    if backend == "cpu":
+    if batch.backend == "cpu":
         call(rows.ctypes.data, len(rows), _backend.num_threads(sum(counts) * _TIME))
         return
     index, stream = device_and_stream(device)
@@ -92,7 +94,6 @@ def launch(
     table = to_device(rows, device)
     num_chunks = chunks.numel() // CHUNK_DTYPE.itemsize
     call(table.data_ptr(), chunks.data_ptr(), num_chunks, index, stream)
-    del held  # the stream orders their reuse after the kernel
 
 
 def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
@@ -125,9 +126,7 @@ def fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
 
 
 @functools.lru_cache(maxsize=8)
-def chunk_table(
-    counts: tuple[int, ...], entries: int, device: torch.device, stream: int
-) -> Tensor:
+def chunk_table(counts: tuple[int, ...], entries: int, device: torch.device, stream: int) -> Tensor:
     """Return which row and entry each block starts at; on the device, made once for each stream.
 
     Args:
