@@ -11,7 +11,6 @@ import ast
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["files", "missing"]
@@ -58,20 +57,24 @@ def _local(file: Path, tests: Path) -> dict[Path, None]:
     return seen
 
 
-def _imported(module: Path, tests: Path) -> Iterator[str]:
-    """Yield the full names that a module imports whenever it is imported."""
+@functools.cache
+def _imported(module: Path, tests: Path) -> list[str]:
+    """Return the full names that a module imports whenever it is imported."""
     package = module.relative_to(tests).parent.parts
+    names = []
     for node in _tree(module).body:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             base = ".".join([*above, *filter(None, [node.module])])
-            yield base
+            names.append(base)
             if _modules(base, tests):  # a name may be a module, too
-                yield from (f"{base}.{alias.name}" for alias in node.names)
+                names += [f"{base}.{alias.name}" for alias in node.names]
+    return names
 
 
+@functools.cache
 def _modules(name: str, tests: Path) -> list[Path]:
     """Return the files behind a name, its packages' included; none if it is not in the folder."""
     parts = name.split(".")
@@ -82,10 +85,9 @@ def _modules(name: str, tests: Path) -> list[Path]:
 
 @functools.cache
 def _is_marked(module: Path) -> bool:
-    return any(
-        isinstance(node, ast.Attribute)
-        and node.attr == "gpu"
-        and ast.unparse(node) == "pytest.mark.gpu"
+    mark = "pytest.mark.gpu"
+    return mark in module.read_text() and any(
+        isinstance(node, ast.Attribute) and ast.unparse(node) == mark
         for node in ast.walk(_tree(module))
     )
 

@@ -112,7 +112,7 @@ run_part() {
   # INT, so that pytest saves what it has; KILL if that does not end it. In the background, or this
   # shell would hear of Ctrl-C at the part's end.
   { "$BASH" -c 'echo $$ >"$work/running" && exec timeout "$@"' - \
-    --signal=INT --kill-after=20 "$limit" "$BASH" bench/gpu_parts.sh "$part" 2>&1 | tee "$log"; } &
+    --signal=INT --kill-after=20 "$limit" "$BASH" bench/gpu_parts.sh "$part" 2>&1 | tee -i "$log"; } &
   while wait $! || rc=$?; kill -0 $! 2>/dev/null; do :; done # a signal ends `wait`, not the part
   rm -f "$work/running"
   local took=$((SECONDS - start))

@@ -16,7 +16,10 @@ PARTS = ["build", "tests", "hashes", "sanitize", "bench", "report"]
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$LOG"
 [ -n "$BROKEN" ] && [[ "$*" == *"$BROKEN"* ]] && exit 9
-[ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]] && sleep 60
+[ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]] && {
+  trap 'echo "FAILED: 2 passed" && exit 2' INT
+  sleep 60
+}
 case "$*" in
   *get_device_capability*) echo "$ARCH" ;;
   *find_spec*) for name in $LACKS; do [[ "$*" == *"'$name'"* ]] && exit 1; done ;;
