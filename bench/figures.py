@@ -172,9 +172,11 @@ def _rows(entries: Any) -> list[Figures]:
     """Return the entries flat, as pytest-benchmark's own JSON has them not."""
     rows: dict[tuple[str, str, str], Figures] = {}
     for where, entry in _named(entries, "benchmarks"):
-        inside = {"name": entry.get("name"), **_checked(entry.get("extra_info", entry), where)}
-        defaults = {"stage": "unnamed", "case": inside["name"], "contender": OURS}
-        row = _checked({**defaults, **inside}, where, *_FIGURES)
+        entry = _checked(entry, where)
+        own = _checked(entry.get("extra_info", entry), where)
+        name = entry.get("name")
+        defaults = {"name": name, "stage": "unnamed", "case": name, "contender": OURS}
+        row = _checked({**defaults, **own}, where, *_FIGURES)
         key = (row["stage"], row["case"], row["contender"])
         if rows.setdefault(key, row) is not row:
             raise Refused(f"{where} is the second of {', '.join(key)}")
@@ -185,23 +187,23 @@ def _entries(content: dict[str, Any], key: str) -> list[dict[str, str]]:
     return [_checked(e, where, *_REASONS) for where, e in _named(content.get(key, []), key)]
 
 
-def _named(entries: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
+def _named(entries: Any, key: str) -> list[tuple[str, Any]]:
     """Return each entry of a list with the words that name it."""
     if not isinstance(entries, list):
-        raise Refused(f"{key} must be a list, got {entries!r}")
-    named = ((f"{key}[{place}]", entry) for place, entry in enumerate(entries))
-    return [(f"{w} ({_checked(e, w).get('name', 'no name')})", e) for w, e in named]
+        raise Refused(f"{key} must be a list, got {entries!r:.60}")
+    names = (e.get("name", "no name") if isinstance(e, dict) else "no entry" for e in entries)
+    return [(f"{key}[{p}] ({n})", e) for p, (n, e) in enumerate(zip(names, entries, strict=True))]
 
 
 def _checked(entry: Any, where: str, *required: str) -> dict[str, Any]:
     """Return what an entry tells, without nulls, each text on one line."""
     if not isinstance(entry, dict):
-        raise Refused(f"{where} must be a dictionary, got {entry!r}")
+        raise Refused(f"{where} must be a dictionary, got {entry!r:.60}")
     told = {key: value for key, value in entry.items() if value is not None}
     for key in dict.fromkeys([*required, *told]):
         for keys, rule, holds in _RULES:
             if keys.fullmatch(key) and not holds(told.get(key)):
-                raise Refused(f"{where}: {key} must be {rule}, got {told.get(key)!r}")
+                raise Refused(f"{where}: {key} must be {rule}, got {told.get(key)!r:.60}")
         if isinstance(told.get(key), str):
             told[key] = " ".join(told[key].split())
         elif isinstance(told.get(key), dict):
