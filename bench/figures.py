@@ -246,4 +246,7 @@ _RULES: list[tuple[re.Pattern[str], str, Callable[[Any], bool]]] = [
 if __name__ == "__main__":
     import sys
 
-    print(read(Path(sys.argv[1])).summary)
+    try:
+        print(read(Path(sys.argv[1])).summary)
+    except Refused as refused:
+        sys.exit(str(refused))

@@ -18,6 +18,7 @@ def script(tmp_path: Path) -> Script:
 
 
 def test_what_is_done_is_not_repeated(script: Script) -> None:
+    script.out = script.root / "bench" / "out [1] of me"  # its files are no sources
     script("--only", "build,hashes")
     assert script.summary()["tests"] == "not selected"
     result = script()
@@ -36,6 +37,9 @@ def test_what_is_done_is_not_repeated(script: Script) -> None:
 def test_changed_sources_are_not_taken_for_done(script: Script) -> None:
     script("--only", "build")
     (script.root / "csrc" / "new.cu").write_text("// changed")
+    script()
+    assert script.calls("pip install") == 1
+    (script.root / "fishfast" / "_C.so").unlink()  # `make clean`
     script()
     assert script.calls("pip install") == 1
 
@@ -73,19 +77,6 @@ def test_another_folder_for_logs_leaves_few_files(script: Script, tmp_path: Path
     assert (tmp_path / "a folder" / "build.done").exists()
     script("--only", "bench", *work, BROKEN="--benchmark-json")
     assert {f.name for f in script.out.iterdir()} == {"summary.txt", "results.tar.gz"}  # no old one
-
-
-def test_files_within_the_checkout_are_no_sources(script: Script) -> None:
-    script.out = script.root / "bench" / "out [1] of me"
-    script("--only", "build")
-    assert "build     ok: done before" in script().stdout
-
-
-def test_a_checkout_without_its_extension_is_built_again(script: Script) -> None:
-    script("--only", "build")
-    (script.root / "fishfast" / "_C.so").unlink()
-    script()
-    assert script.calls("pip install") == 1
 
 
 @pytest.mark.parametrize(
