@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-__all__ = ["build", "pybind11_headers"]
+__all__ = ["build", "compile_commands", "pybind11_headers"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,6 +53,32 @@ def build(arch: str, root: Path = _ROOT) -> Path:
         subprocess.CalledProcessError: a compiler refused something; it has said what.
     """
     nvcc = _nvcc()
+    out = root / "build" / "in_place"
+    out.mkdir(parents=True, exist_ok=True)
+    commands = compile_commands(nvcc, arch, root)
+    objects = [str(out / f"{source.name}.o") for source in commands]
+    full = [[*c, "-o", o] for c, o in zip(commands.values(), objects, strict=True)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=True), full))
+
+    extension = root / "fishfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    link = [nvcc, "-shared", "-cudart=static", *objects, "-o", str(out / extension.name)]
+    subprocess.run(link, check=True)
+    (out / extension.name).replace(extension)
+    kernels = root / "fishfast" / "kernels"
+    if not kernels.exists():
+        kernels.symlink_to(Path("..", "kernels"))
+    return extension
+
+
+def compile_commands(nvcc: str, arch: str, root: Path = _ROOT) -> dict[Path, list[str]]:
+    """Return source -> what compiles it, all but where the object goes; as CMakeLists.txt would.
+
+    Args:
+        nvcc: the compiler.
+        arch: of `build`.
+        root: the repository.
+    """
     version = re.search(r"release ([\d.]+)", _output(nvcc, "--version"))
     assert version is not None
     # nvcc hands .cpp files to the host's compiler, with the folder of CUDA's headers.
@@ -66,26 +92,12 @@ def build(arch: str, root: Path = _ROOT) -> Path:
     # Those whose sums no other device repeats; everywhere else the source asks for each fused one.
     described = (root / "CMakeLists.txt").read_text()
     fused = re.findall(r"(\w+\.cpp) PROPERTIES COMPILE_OPTIONS -ffp-contract=fast", described)
-
-    out = root / "build" / "in_place"
-    out.mkdir(parents=True, exist_ok=True)
-    commands, objects = [], []
+    commands = {}
     for source in sorted([*root.glob("csrc/*.cpp"), *root.glob("csrc/*.cu")]):
-        objects.append(str(out / f"{source.name}.o"))
         contract = "fast" if source.name in fused else "off"
         host = f"-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract={contract}"
-        commands.append([*compiler, host, "-c", str(source), "-o", objects[-1]])
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
-
-    extension = root / "fishfast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    link = [nvcc, "-shared", "-cudart=static", *objects, "-o", str(out / extension.name)]
-    subprocess.run(link, check=True)
-    (out / extension.name).replace(extension)
-    kernels = root / "fishfast" / "kernels"
-    if not kernels.exists():
-        kernels.symlink_to(Path("..", "kernels"))
-    return extension
+        commands[source] = [*compiler, host, "-c", str(source)]
+    return commands
 
 
 def _nvcc() -> str:

@@ -41,7 +41,7 @@ _WORK = (
 
 _FEWEST_ROWS = 10  # that tell a stage's noise
 
-Key = tuple[str, str]
+Key = tuple[str, str, str]  # stage, case, contender
 
 
 class Change(NamedTuple):
@@ -70,8 +70,8 @@ def changes(
     """Return every case that both have, what got slower first.
 
     Args:
-        old: figures by name and case.
-        new: figures by name and case.
+        old: figures by stage, case and contender.
+        new: figures by stage, case and contender.
         tolerance: the part by which a figure may grow.
         noises: stage -> by what factor figures of unchanged code change.
     """
@@ -96,8 +96,8 @@ def noise(old: dict[Key, Figures], new: dict[Key, Figures]) -> dict[str, float]:
     """Return by what factor figures of unchanged code differ between the files, for each stage.
 
     Args:
-        old: figures by name and case.
-        new: figures by name and case.
+        old: figures by stage, case and contender.
+        new: figures by stage, case and contender.
 
     Returns:
         Nine in ten of the stage's rows of other packages changed by no more, either way. A stage
@@ -140,7 +140,7 @@ def _title(figures: Figures) -> str:
 
 
 def _by_key(run: Run) -> dict[Key, Figures]:
-    return {(figures["name"], figures["case"]): figures for figures in run.figures}
+    return {(row["stage"], row["case"], row["contender"]): row for row in run.figures}
 
 
 def _differences(old: Run, new: Run) -> tuple[list[str], list[str]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
 __all__ = [
-    "BYTE_UNITS", "LATE", "OURS", "TIME_UNITS", "Case", "Figures", "Refused", "Run", "in_unit",
-    "is_floor", "read",
+    "BYTE_UNITS", "LATE", "OURS", "TIME_UNITS", "Case", "Figures", "Refused", "Run", "escaped",
+    "in_unit", "is_floor", "read",
 ]  # fmt: skip
 
 OURS = "fishfast"
@@ -88,6 +89,13 @@ class Run:
     skipped: list[dict[str, str]]
     failed: list[dict[str, str]]
 
+    @property
+    def summary(self) -> str:
+        """How much was measured, and what failed, in a line."""
+        broken = dict.fromkeys(f"{e['contender']} on {e['case']}" for e in self.failed)
+        failed = f", {len(broken)} failed: {'; '.join(broken)}" if broken else ""
+        return f"{len(self.figures)} figures{failed}"
+
     def stages(self) -> list[str]:
         """Return every stage, in the file's order."""
         entries: Iterable[Figures] = [*self.figures, *self.skipped, *self.failed]
@@ -120,33 +128,125 @@ def in_unit(value: float, units: list[tuple[float, str]]) -> str:
     return f"{number:.{digits}f} {name}"
 
 
+def escaped(text: str) -> str:
+    """Return text that Markdown shows as it is, in a table's cell, too."""
+    return re.sub(r"([\\`*<|])", r"\\\1", text)
+
+
 def read(path: Path) -> Run:
     """Read what a run wrote, or what ``bench/results`` keeps.
+
+    Here, and here only, everything is checked that reports, plots and comparisons rely on. A null
+    stands for what is not there.
 
     Args:
         path: a JSON file of benchmarks.
 
     Raises:
-        Refused: the file has no figures of ours.
+        Refused: the file has no figures of ours, or one that cannot be; it is named.
     """
     try:
         content = json.loads(path.read_text())
-        entries = [_flat(entry) for entry in content["benchmarks"]]
-        machine = content["machine"]
+        found = {key: content[key] for key in ("machine", "benchmarks")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} has no benchmark figures: {error!r}") from error
-    return Run(
-        machine=machine,
-        figures=[entry for entry in entries if "median_us" in entry],
-        skipped=content.get("skipped", []),
-        failed=content.get("failed", []),
-    )
+    try:
+        return Run(
+            machine=_machine(found["machine"]),
+            figures=_rows(found["benchmarks"]),
+            skipped=_entries(content, "skipped"),
+            failed=_entries(content, "failed"),
+        )
+    except Refused as error:
+        raise Refused(f"{path}: {error}") from error
 
 
-def _flat(entry: dict[str, Any]) -> Figures:
-    """Return an entry with its figures beside its name, as pytest-benchmark's own JSON has not."""
-    figures = {"name": entry["name"], **entry.get("extra_info", entry)}
-    figures.setdefault("stage", "unnamed")
-    figures.setdefault("case", figures["name"])
-    figures.setdefault("contender", OURS)
-    return figures
+def _machine(machine: Any) -> dict[str, Any]:
+    machine = _checked(machine, "machine")
+    for name, devices in machine.get("fishfast", {}).get("operations", {}).items():
+        _checked(devices, f"machine, operation {name}")
+    return machine
+
+
+def _rows(entries: Any) -> list[Figures]:
+    """Return the entries flat, as pytest-benchmark's own JSON has them not."""
+    rows: dict[tuple[str, str, str], Figures] = {}
+    for where, entry in _named(entries, "benchmarks"):
+        entry = _checked(entry, where)
+        own = _checked(entry.get("extra_info", entry), where)
+        name = entry.get("name")
+        defaults = {"name": name, "stage": "unnamed", "case": name, "contender": OURS}
+        row = _checked({**defaults, **own}, where, *_FIGURES)
+        key = (row["stage"], row["case"], row["contender"])
+        if rows.setdefault(key, row) is not row:
+            raise Refused(f"{where} is the second of {', '.join(key)}")
+    return list(rows.values())
+
+
+def _entries(content: dict[str, Any], key: str) -> list[dict[str, str]]:
+    return [_checked(e, where, *_REASONS) for where, e in _named(content.get(key, []), key)]
+
+
+def _named(entries: Any, key: str) -> list[tuple[str, Any]]:
+    """Return each entry of a list with the words that name it."""
+    if not isinstance(entries, list):
+        raise Refused(f"{key} must be a list, got {entries!r:.60}")
+    names = (e.get("name", "no name") if isinstance(e, dict) else "no entry" for e in entries)
+    return [(f"{key}[{p}] ({n})", e) for p, (n, e) in enumerate(zip(names, entries, strict=True))]
+
+
+def _checked(entry: Any, where: str, *required: str) -> dict[str, Any]:
+    """Return what an entry tells, without nulls, each text on one line."""
+    if not isinstance(entry, dict):
+        raise Refused(f"{where} must be a dictionary, got {entry!r:.60}")
+    told = {key: value for key, value in entry.items() if value is not None}
+    for key in dict.fromkeys([*required, *told]):
+        for keys, rule, holds in _RULES:
+            if keys.fullmatch(key) and not holds(told.get(key)):
+                raise Refused(f"{where}: {key} must be {rule}, got {told.get(key)!r:.60}")
+        if isinstance(told.get(key), str):
+            told[key] = " ".join(told[key].split())
+        elif isinstance(told.get(key), dict):
+            told[key] = _checked(told[key], f"{where}, {key}")
+    return told
+
+
+def _is_number(value: Any) -> bool:  # NaN compares as false
+    return type(value) in (int, float) and -_MOST < value < _MOST
+
+
+_MOST = 1e18  # bytes, or microseconds; quotients of what is below stay finite
+_REASONS = ("stage", "case", "contender", "reason")
+_FIGURES = ("name", "stage", "case", "contender", "median_us", "p20_us", "p80_us")
+_RULES: list[tuple[re.Pattern[str], str, Callable[[Any], bool]]] = [
+    (
+        re.compile("name|stage|case|contender|reason|version|floor_name|model|kind|values|dtype"),
+        "text",
+        lambda value: isinstance(value, str),
+    ),
+    (
+        re.compile(r".*_us|us_per_sample|times_.*|num_.*|density|length|batch|rank|threads"),
+        "a finite number above 0",
+        lambda value: _is_number(value) and value > 1 / _MOST,
+    ),
+    (
+        re.compile(r".*_bytes|percent_of_floor|others_percent"),
+        "a finite number of at least 0",
+        lambda value: _is_number(value) and value >= 0,
+    ),
+    (
+        re.compile("peers|fishfast|operations"),
+        "a dictionary",
+        lambda value: isinstance(value, dict),
+    ),
+    (re.compile("percent_saved"), "a finite number", _is_number),
+]
+
+
+if __name__ == "__main__":
+    import sys
+
+    try:
+        print(read(Path(sys.argv[1])).summary)
+    except Refused as refused:
+        sys.exit(str(refused))

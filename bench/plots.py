@@ -14,6 +14,7 @@ from figures import OURS, Figures, Run, is_floor
 from machine import machine_line
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a dollar in a title is one
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.collections import PolyCollection  # noqa: E402
@@ -38,6 +39,7 @@ _WORDS = {
     "num_params": "n, number of scores", "density": "density, part of the weights that is trained",
     "length": "T, tokens per sample", "batch": "B, samples per batch",
 }  # fmt: skip
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MOST_PANELS = 4
 _SPREAD = ("p20_us", "p80_us")
 
@@ -231,9 +233,9 @@ def _lines(
         )
     panel.set_xscale("log", base=2 if x in ("length", "batch") else 10)
     panel.set_yscale("log")
-    ticks = sorted({row[x] for row in rows})
-    if len(ticks) <= 10:
-        panel.set_xticks(ticks, [f"{100 * t:g} %" if x == "density" else _size(t) for t in ticks])
+    if len(ticks := sorted({row[x] for row in rows})) <= 10:
+        panel.set_xticks(ticks)
+    panel.xaxis.set_major_formatter(lambda t, _: f"{100 * t:g} %" if x == "density" else _size(t))
     low, high = panel.get_ylim()
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
@@ -244,14 +246,14 @@ def _lines(
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _size(value: int) -> str:
-    """Return a number for an axis: 128, 2^20, 10^9, 3e+07."""
+def _size(value: float) -> str:
+    """Return a number for an axis: 128, 2²⁰, 10⁹, 3e+07."""
     if value < 10_000:
-        return str(value)
+        return f"{value:g}"
     for base in (10, 2):
         power = round(math.log(value, base))
         if base**power == value:
-            return f"${base}^{{{power}}}$"
+            return f"{base}{str(power).translate(_RAISED)}"
     return f"{value:.2g}"
 
 

@@ -12,7 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-from figures import BYTE_UNITS, OURS, TIME_UNITS, Case, Figures, Refused, Run, in_unit, is_floor
+from figures import (
+    BYTE_UNITS,
+    OURS,
+    TIME_UNITS,
+    Case,
+    Figures,
+    Refused,
+    Run,
+    escaped,
+    in_unit,
+    is_floor,
+)
 from figures import read as read_run
 from report import table_row
 
@@ -60,6 +71,9 @@ def with_tables(readme: str, found: dict[str, str]) -> str:
 
 def _machine(run: Run) -> str:
     told = run.machine
+    shown = ("device", "threads", "os", "torch", "peers", "commit", "others_percent")
+    if lacking := [key for key in shown if key not in told]:
+        raise Refused(f"the file's machine has no {', '.join(lacking)}, which README shows")
     peers = "".join(f", {name} {version}" for name, version in told["peers"].items())
     return (
         f"{told['device']}, {told['threads']} threads, {told['os']}, torch {told['torch']}{peers}; "
@@ -129,13 +143,22 @@ def _by_contender(head: str, cases: list[Case], cell: Cell, floors: bool = False
     rows = [row for case in cases for row in case.rows if floors or not is_floor(row)]
     others = dict.fromkeys(row["contender"] for row in rows if row["contender"] != OURS)
     contenders = [OURS, *others]
-    lines = [table_row([head, *contenders]), table_row(["---", *["---:"] * len(contenders)])]
+    lines = [
+        table_row([head, *map(escaped, contenders)]),
+        table_row(["---", *["---:"] * len(contenders)]),
+    ]
     for case in cases:
         shown = {row["contender"]: row for row in case.rows if row["contender"] in contenders}
-        cells = {contender: cell(case, row) for contender, row in shown.items()}
+        try:
+            cells = {contender: cell(case, row) for contender, row in shown.items()}
+        except KeyError as key:
+            where = f"{case.stage}: {case.title}"
+            raise Refused(f"{where}: a row has no {key}, which README shows") from key
         fastest = min(shown, key=lambda contender: case.ratio(shown[contender]) or 1.0)
         cells[fastest] = f"**{cells[fastest]}**"
-        lines.append(table_row([case.title, *(cells.get(who, _NONE) for who in contenders)]))
+        lines.append(
+            table_row([escaped(case.title), *(cells.get(who, _NONE) for who in contenders)])
+        )
     return lines
 
 

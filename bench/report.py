@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from figures import BYTE_UNITS, LATE, OURS, TIME_UNITS, Case, Run, in_unit, is_floor, read
+from figures import (
+    BYTE_UNITS,
+    LATE,
+    OURS,
+    TIME_UNITS,
+    Case,
+    Refused,
+    Run,
+    escaped,
+    in_unit,
+    is_floor,
+    read,
+)
 from machine import machine_line
 
 __all__ = ["main", "markdown", "table"]
@@ -79,12 +91,12 @@ def _section(run: Run, stage: str) -> list[str]:
     ]
     if further:
         lines += ["", "fishfast per batch after the first, which is searched for its samples:", ""]
-        lines += further
+        lines += map(escaped, further)
     for kind, entries in (("Not measured", run.skipped), ("No figure: failed", run.failed)):
         if named := _named([entry for entry in entries if entry["stage"] == stage]):
-            lines += ["", f"{kind}:", "", *named]
+            lines += ["", f"{kind}:", "", *map(escaped, named)]
     if missing := _missing(run, stage, cases):
-        lines += ["", "Not in this file:", "", *missing]
+        lines += ["", "Not in this file:", "", *map(escaped, missing)]
     return lines
 
 
@@ -144,7 +156,7 @@ def table(cases: list[Case]) -> list[str]:
             "p20 to p80", "ratio", "% of floor", "floor", "memory")  # fmt: skip
     lines = [table_row(head), table_row(["---", "---", "---", *["---:"] * 4, "---", "---:"])]
     for case in cases:
-        title = case.title
+        title = escaped(case.title)
         for row in case.rows:
             lines.append(table_row([title, *_cells(case, row)]))
             title = ""
@@ -152,12 +164,12 @@ def table(cases: list[Case]) -> list[str]:
 
 
 def table_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def _cells(case: Case, row: dict[str, Any]) -> list[str]:
     key = case.time_key
-    contender, time = row["contender"], in_unit(row[key], TIME_UNITS)
+    contender, time = escaped(row["contender"]), in_unit(row[key], TIME_UNITS)
     if is_floor(row):
         contender = f"*{contender}*"
     elif row is case.fastest:
@@ -168,9 +180,9 @@ def _cells(case: Case, row: dict[str, Any]) -> list[str]:
     memory = next((held for held in kinds if held is not None), None)
     percent = row.get("percent_of_floor")
     return [
-        contender, row.get("version") or "", time, spread, _ratio(case, row),
+        contender, escaped(row.get("version", "")), time, spread, _ratio(case, row),
         "" if percent is None or is_floor(row) else _percent(percent),
-        "" if is_floor(row) else row.get("floor_name") or "",
+        "" if is_floor(row) else escaped(row.get("floor_name", "")),
         "" if memory is None else in_unit(memory, BYTE_UNITS),
     ]  # fmt: skip
 
@@ -195,23 +207,29 @@ def _percent(value: float) -> str:
 def main(file: Path, out: Path | None) -> None:
     """Write tables and pictures of FILE, the JSON of a benchmark run."""
     out = out or file.parent
-    out.mkdir(parents=True, exist_ok=True)
     run = read(file)
     try:
-        from plots import draw_all
-    except ImportError as error:
-        reason = f"{error.name} is not installed (pip install 'fishfast[plot]')"
-        pictures = [("all plots", reason)]
-    else:
-        pictures = draw_all(run, out)
-        if not any(result.endswith(".png") for _, result in pictures):
-            pictures = [("all plots", "no sweep over n, density, T or B and no training step here")]
-    report = out / "report.md"
-    report.write_text(markdown(run, pictures))
-    click.echo(f"{report}: {len(run.figures)} figures")
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = _draw(run, out)
+        (out / "report.md").write_text(markdown(run, pictures))
+    except OSError as error:
+        raise Refused(f"{error.filename or out} cannot be written: {error.strerror}") from error
+    click.echo(f"{out / 'report.md'}: {run.summary}")
     for title, result in pictures:
         drawn = result.endswith(".png")
         click.echo(f"{out / result}" if drawn else f"not drawn: {title}: {result}")
+
+
+def _draw(run: Run, out: Path) -> list[tuple[str, str]]:
+    """Return of each plot its title, and its file's name or why there is none."""
+    try:
+        from plots import draw_all
+    except ImportError as error:
+        return [("all plots", f"{error.name} is not installed (pip install 'fishfast[plot]')")]
+    pictures = draw_all(run, out)
+    if any(result.endswith(".png") for _, result in pictures):
+        return pictures
+    return [("all plots", "no sweep over n, density, T or B and no training step here")]
 
 
 if __name__ == "__main__":

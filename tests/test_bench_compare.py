@@ -95,7 +95,7 @@ def with_others(folder, name, ours, others, version="torch 2"):
     path = file_of(folder, name, {"step": (ours, ours, ours)}, labels={"stage": "adam"})
     content = json.loads(Path(path).read_text())
     content["benchmarks"] += [
-        {"name": f"torch {n}", "stage": "adam", "case": "step", "contender": "torch fused",
+        {"name": f"torch {n}", "stage": "adam", "case": f"step {n}", "contender": "torch fused",
          "version": version, "median_us": us, "p20_us": us, "p80_us": us}
         for n, us in enumerate(others)
     ]  # fmt: skip

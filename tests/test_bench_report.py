@@ -116,7 +116,7 @@ def test_pictures_of_what_is_there_and_reasons_for_the_rest(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib: not installed")
     bars = [
         figure("train_step", "BERT", name, us, total_bytes=us * 2**20)
-        for name, us in (("fishfast", 10.0), ("LoRA", 12.0), ("full", 30.0))
+        for name, us in (("fishfast", 10.0), ("LoRA $\\foo$", 12.0), ("full", 30.0))  # no formula
     ]
     text, printed = report(tmp_path, topk(10**5, 5.0, 6.0) + topk(10**6, 50.0, 60.0) + bars)
     assert sorted(f.name for f in (tmp_path / "out").glob("*.png")) == ["topk_time.png",

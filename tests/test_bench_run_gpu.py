@@ -5,86 +5,11 @@ The parts themselves run in CI's rehearsal (.ci/run); here is what the script ma
 
 from __future__ import annotations
 
-import os
-import shutil
-import stat
-import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["build", "tests", "hashes", "sanitize", "bench", "report"]
-
-# Answers what run_gpu.sh asks a python. $ARCH: the card; $LACKS: packages that are not there;
-# $BROKEN: a word of a command that fails; $SLOW: one that does not end; $LOG: every call.
-PYTHON = """#!/usr/bin/env bash
-echo "$*" >>"$LOG"
-[ -n "$BROKEN" ] && [[ "$*" == *"$BROKEN"* ]] && exit 9
-[ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]] && sleep 60
-case "$*" in
-  *get_device_capability*) echo "$ARCH" ;;
-  *find_spec*) for name in $LACKS; do [[ "$*" == *"'$name'"* ]] && exit 1; done ;;
-  *--benchmark-json=*) all="$*" && echo '{}' >"${all##*--benchmark-json=}" ;;
-  *"-m pytest"*) echo "== 3 passed, 1 skipped in 0.1s ==" ;;
-esac
-exit 0
-"""
-SANITIZER = """#!/usr/bin/env bash
-echo "sanitizer $*" >>"$LOG"
-[ -n "$REFUSES" ] && echo "Device not supported"
-[ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]] && sleep 60
-[ -n "$MUTE" ] || echo "========= ERROR SUMMARY: 0 errors"
-[ -n "$FINDS" ] && [[ "$*" == *"$FINDS"* ]] && echo "=========     at $WHOSE" && exit 99
-exit 0
-"""
-
-
-class Script:
-    """Runs the script on a small copy of the repository."""
-
-    def __init__(self, folder: Path) -> None:
-        self.out, self.root, self.bin = folder / "out", folder / "repo", folder / "bin"
-        self.log = folder / "log"
-        for room in ("bench", "csrc", "fishfast", "kernels", "tests"):
-            (self.root / room).mkdir(parents=True)
-        for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
-            (self.root / name).touch()
-        shutil.copy(ROOT / "bench" / "run_gpu.sh", self.root / "bench")
-        for name in ("peft", "torch"):
-            marked = f"import {name}\npytestmark = pytest.mark.gpu\n"
-            (self.root / "tests" / f"test_{name}.py").write_text(marked)
-        (self.root / "tests" / "test_cpu.py").touch()
-        self.bin.mkdir()
-        self.put("python3", PYTHON)
-        self.put("g++", "#!/bin/sh\n")
-
-    def put(self, name: str, text: str) -> None:
-        file = self.bin / name
-        file.write_text(text)
-        file.chmod(file.stat().st_mode | stat.S_IXUSR)
-
-    def __call__(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        self.log.write_text("")
-        names = ("ARCH", "LACKS", "BROKEN", "SLOW", "REFUSES", "FINDS", "WHOSE", "MUTE")
-        environment = {**dict.fromkeys(names, ""), **environment, "LOG": str(self.log)}
-        environment["PATH"] = f"{self.bin}:/usr/bin:/bin"
-        environment["CUDA_HOME"] = "/nowhere"
-        inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "CXX")}
-        return subprocess.run(
-            ["bash", str(self.root / "bench" / "run_gpu.sh"), str(self.out), *options],
-            env={**inherited, **environment}, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-
-    def summary(self) -> dict[str, str]:
-        """Return part -> status and reason, without how many seconds it took."""
-        lines = (self.out / "summary.txt").read_text().splitlines()
-        rows = [line.split(maxsplit=1) for line in lines if line.split()[0] in PARTS]
-        return {part: words.split(": ")[0] if " s" in words else words for part, words in rows}
-
-    def calls(self, word: str) -> int:
-        return sum(word in line for line in self.log.read_text().splitlines())
+from gpu_script import PARTS, PYTHON, SANITIZER, Script
 
 
 @pytest.fixture
@@ -104,29 +29,6 @@ def test_a_rehearsal_is_marked_and_passes_without_what_needs_a_card(script: Scri
     assert {"summary.txt", "bench.json", "build.log", "tests.log", "report.done"} <= names
 
 
-def test_what_is_done_is_not_repeated(script: Script) -> None:
-    script("--only", "build,hashes")
-    assert script.summary()["tests"] == "not selected"
-    result = script()
-    assert "build     ok: done before" in result.stdout
-    assert script.calls("pip install") == script.calls("fingerprints.py") == 0
-    assert script.calls("bench/report.py") == 1
-    script("--only", "build")  # named: again
-    assert script.calls("pip install") == 1
-    script("--only", "bench")  # what is drawn from it is no longer right
-    script()
-    assert (script.calls("--benchmark-json"), script.calls("bench/report.py")) == (0, 1)
-    script("--again")
-    assert (script.calls("pip install"), script.calls("fingerprints.py run")) == (1, 2)
-
-
-def test_changed_sources_are_not_taken_for_done(script: Script) -> None:
-    script("--only", "build")
-    (script.root / "csrc" / "new.cu").write_text("// changed")
-    script()
-    assert script.calls("pip install") == 1
-
-
 def test_a_failing_part_is_named_and_stops_only_what_needs_it(script: Script) -> None:
     result = script(BROKEN="--benchmark-json")
     assert result.returncode == 1
@@ -134,7 +36,7 @@ def test_a_failing_part_is_named_and_stops_only_what_needs_it(script: Script) ->
         "build": "ok", "tests": "ok", "hashes": "ok", "sanitize": "not run: no GPU",
         "bench": "failed", "report": "not run: there is no bench.json",
     }  # fmt: skip
-    assert "bench     failed: exit code 9" in result.stdout
+    assert "bench     failed: no figure was written after" in result.stdout
     result = script()  # repaired: only what is missing runs
     assert result.returncode == 0
     assert (script.calls("fingerprints.py"), script.calls("--benchmark-json")) == (0, 1)
@@ -184,13 +86,6 @@ def test_no_test_that_passed_is_a_failure(script: Script) -> None:
     assert "no test ran" in result.stdout
 
 
-def test_a_part_that_does_not_end_is_ended(script: Script) -> None:
-    result = script("--only", "hashes,report", "--minutes", "0.1", SLOW="fingerprints.py run cpu")
-    assert result.returncode == 1
-    assert "hashes    failed: not done after" in result.stdout
-    assert not (script.out / "hashes.done").exists()
-
-
 def test_the_four_sanitizers_run_on_a_card(script: Script) -> None:
     script.put("compute-sanitizer", SANITIZER)
     result = script(ARCH="90")
@@ -202,7 +97,6 @@ def test_the_four_sanitizers_run_on_a_card(script: Script) -> None:
     assert script.calls("--report-api-errors no") == 5
     assert (script.out / "sanitize.done").exists()
     assert script.calls("-m gpu") == 1
-    assert script.calls("tests/test_cpu.py") == 0
     result = script("--only", "sanitize", ARCH="90", MUTE="yes")
     assert "errors found by: memcheck of bits, which gave no summary" in result.stdout
 
@@ -247,23 +141,13 @@ def test_a_card_without_sanitizer_is_not_green(script: Script, there: bool, reas
 
 
 def test_missing_packages_are_named_and_the_rest_runs(script: Script) -> None:
-    result = script(LACKS="pytest_benchmark peft", ARCH="90")
+    result = script(LACKS="pytest_benchmark", ARCH="90")
     assert result.returncode == 3
-    assert "not run: tests/test_peft.py needs peft, which is not installed" in result.stdout
-    assert script.calls("tests/test_torch.py") == 1
-    assert script.calls("tests/test_peft.py") == 0
+    assert "not run: test_a.py needs peft" in result.stdout
+    assert script.calls("-p bench.tests_outcome -o addopts") == 1
+    assert script.calls("tests/test_b.py") == 1
     assert "bench     not run: pytest_benchmark is not installed" in result.stdout
     assert script.summary()["tests"] == "ok"
-
-
-def test_another_folder_for_logs_leaves_few_files(script: Script, tmp_path: Path) -> None:
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "training.png").touch()  # as bench/report.py draws
-    script("--work", str(tmp_path / "work"))
-    assert {f.name for f in script.out.iterdir()} == {
-        "summary.txt", "bench.json", "training.png", "results.tar.gz",
-    }  # fmt: skip
-    assert (tmp_path / "work" / "build.done").exists()
 
 
 @pytest.mark.parametrize(
@@ -273,6 +157,7 @@ def test_another_folder_for_logs_leaves_few_files(script: Script, tmp_path: Path
         (["--only"], "--only needs a value"),
         (["--minutes", "ten"], "--minutes must be a number, got ten"),
         (["--fast"], "unknown option --fast"),
+        (["--only", ","], "--only takes parts, got ,"),
         (["two"], "one OUT_DIR"),
     ],
 )
@@ -281,3 +166,18 @@ def test_wrong_options_are_refused(script: Script, options: list[str], words: st
     assert result.returncode == 2
     assert words in result.stderr
     assert not script.out.exists()
+
+
+def test_a_python_without_torch_is_refused(script: Script) -> None:
+    result = script(BROKEN="get_device_capability")
+    assert result.returncode == 2
+    assert "python3 cannot import torch; PYTHON names another" in result.stderr
+
+
+def test_a_contender_that_failed_is_named_beside_the_figures(script: Script) -> None:
+    written = '--benchmark-json=}"'
+    script.put("python3", PYTHON.replace(written, written + " && exit 1"))
+    result = script("--only", "bench,report")
+    assert result.returncode == 1
+    assert "bench     failed: 1 figures, 1 failed: CUB on n=1 after" in result.stdout
+    assert script.summary()["report"] == "ok"

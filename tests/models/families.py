@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,8 +19,7 @@ from .case import Case, only
 @functools.cache
 def _transformers():
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import transformers
-
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     transformers.logging.set_verbosity_error()
     return transformers
 
