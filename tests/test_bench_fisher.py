@@ -281,5 +281,5 @@ def test_sizes_have_four_names(bench: Any, monkeypatch: pytest.MonkeyPatch) -> N
     harness = bench("harness")
     assert not harness.full_size()
     monkeypatch.setenv("FISHFAST_BENCH", "large")
-    with pytest.raises(ValueError, match="FISHFAST_BENCH must be one of .*; got 'large'"):
+    with pytest.raises(ValueError, match="^FISHFAST_BENCH must be one of .*; got 'large'$"):
         harness.full_size()
