@@ -215,16 +215,24 @@ def _overwrites(grad: Tensor, x: Tensor, score: Tensor) -> None:
     score.copy_((grad.mT @ x).square().sum(0))
 
 
+def _kept_squares(grad: Tensor, x: Tensor, score: Tensor) -> None:
+    score += _KEPT.setdefault(grad.data_ptr(), (grad.mT @ x).square().sum(0))
+
+
+_KEPT: dict[int, Tensor] = {}
+
+
 def _right_squares(grad: Tensor, x: Tensor, score: Tensor) -> None:
     score += (grad.mT @ x).square().sum(0)
 
 
-@pytest.mark.parametrize("add", [_token_squares, _overwrites, _right_squares])
+@pytest.mark.parametrize("add", [_token_squares, _overwrites, _kept_squares, _right_squares])
 def test_a_wrong_kernel_gets_no_figure(bench: Any, add: Any) -> None:
     grad, x = torch.randn(3, 5, 4), torch.randn(3, 5, 6)
+    exact, before = (grad.double().mT @ x.double()).square().sum(0), grad.clone()
     case = bench("fisher_kernel_cases").KernelCase(
-        title="linear 4x6", shape=(4, 6), floor=lambda: None, contenders={}, flops=0, num_bytes=0,
-        exact=lambda: (grad.double().mT @ x.double()).square().sum(0),
+        title="linear 4x6", shape=(4, 6), grad=grad, floor=lambda: None, contenders={}, flops=0,
+        num_bytes=0, exact=lambda: exact,
     )  # fmt: skip
     check, wrong = bench("bench_fisher_kernel").check, bench("fisher_baselines").WrongScores
     arguments = ("planted", case, lambda score: add(grad, x, score), 1e-4, _CPU)
@@ -233,6 +241,7 @@ def test_a_wrong_kernel_gets_no_figure(bench: Any, add: Any) -> None:
     else:
         with pytest.raises(wrong, match=r"planted is wrong on linear 4x6: .* no figure"):
             check(*arguments)
+    assert torch.equal(grad, before)
 
 
 def test_a_wrong_primitive_is_not_printed(
