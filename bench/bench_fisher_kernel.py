@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from fisher_baselines import WrongScores
 from fisher_kernel_cases import (
     CONTENDERS,
     Add,
@@ -26,6 +25,7 @@ from fisher_kernel_cases import (
     layer_norm,
     linear,
 )
+from fisher_reference import WrongScores
 from harness import compare, devices, peak_bytes, short_set, skip, why
 from shapes import CONV_LAYERS, LINEAR_LAYERS, size_set
 
