@@ -132,7 +132,7 @@ def check(
                 f"it changed {int(changed.sum())} weights of {name!r} that it does not train"
             )
     moving = [bool((p != old).any()) for p, old, grad in first if _will_move(p, grad)]
-    if training.optimizer is not None and not (moving and all(moving)):
+    if training.optimizer is not None and not all(moving):
         raise AssertionError(f"it does not train {moving.count(False)} of {len(moving)} parameters")
     if not off <= _STEP:
         raise AssertionError(f"its first step is off by {off:.2g} of the learning rate")
