@@ -92,7 +92,7 @@ def _one_nan(workload: Any) -> dict[str, Tensor]:
 
 def _one_zeroed(workload: Any) -> dict[str, Tensor]:
     scores = _right(workload)
-    _zero_the_median(scores["2.weight"])
+    _zero_the_median(scores["8.weight"])  # 25,600 entries: their norm stays
     return scores
 
 
