@@ -3,8 +3,8 @@
 A step is forward, backward, clipping and the optimizer. The floor is the forward and backward of
 full fine-tuning, timed in turns with each contender (see train_contenders.py, also for what they
 train). No figure before the gate: the gradients of the masked weights, and the loss after two
-steps, are those of dense training with the gradient times the mask; weights that train move; all
-others keep their bits.
+steps, are those of dense training with the gradient times the mask; weights that train move, by the
+learning rate in Adam's first step; all others keep their bits; the floor computes every gradient.
 
 Memory is all that a training holds at its peak: weights, optimizer state, indices, gradients and
 activations. "saved" is how much less that is than in full fine-tuning, in percent of full
@@ -37,7 +37,7 @@ from shapes import BERT_LARGE, LLAMA_1B, size_set
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from train_contenders import CONTENDERS, FLOOR, Budget, Masks, Training, label, prepare
-from train_reference import Reference, check, train_reference
+from train_reference import Reference, check, check_floor, train_reference
 
 import fishfast as ff
 
@@ -178,8 +178,13 @@ def _memory_of_full(case: str, device: torch.device) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1)
 def _floor(case: str, device: torch.device) -> Training:
+    """Return the floor; no ratio to a wrong one."""
     budget, masks, *_ = _prepared(case, device)
-    return prepare(FLOOR, _make(case, device), budget, masks)
+    reference, workload = _reference(case, device, "fish"), _make(case, device)
+    weights = dict(workload.model.named_parameters())
+    training = prepare(FLOOR, workload, budget, masks)
+    gate(f"{FLOOR} on {workload.title}", lambda: check_floor(training, weights, reference))
+    return training
 
 
 @functools.lru_cache(maxsize=1)

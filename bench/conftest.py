@@ -7,6 +7,8 @@ figure, and by name what was skipped and what failed.
 from __future__ import annotations
 
 import gc
+import json
+import math
 import os
 import time
 from collections import Counter
@@ -32,8 +34,7 @@ class _Run:
     """What one run knows beside its figures."""
 
     def __init__(self) -> None:
-        seconds = os.environ.get("FISHFAST_BENCH_SECONDS")
-        self.budget = float(seconds) if seconds else None
+        self.budget = _seconds()
         self.start = time.monotonic()
         self.cpu = cpu_seconds()
         self.counts: Counter[str] = Counter()  # file -> cases, in the order in which they run
@@ -42,6 +43,7 @@ class _Run:
         self.skipping = False
         self.skipped: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
+        self.written = False
 
     def spent(self, file: str) -> bool:
         """Return whether the file's share is used up; what it leaves, the files after it have."""
@@ -81,9 +83,12 @@ class _Run:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Run toy sizes in one thread: waking more costs more than the work."""
-    config.stash[_STATE] = _Run()
-    if not full_size():
-        torch.set_num_threads(1)
+    try:
+        config.stash[_STATE] = _Run()
+        if not full_size():
+            torch.set_num_threads(1)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_report_header() -> str:
@@ -159,6 +164,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     """Leave figures and what they depend on: no host name, no times of the wall clock."""
     state = config.stash[_STATE]
     figures = [_flat(entry) for entry in output_json["benchmarks"]]
+    state.written = True
     output_json.clear()
     output_json.update(
         machine={**machine(), "others_percent": round(state.others(), 1)},
@@ -166,6 +172,32 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
         skipped=state.skipped,
         failed=state.failed,
     )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keep what was skipped and failed where nothing has a figure: pytest-benchmark wrote none."""
+    state, file = session.config.stash[_STATE], session.config.getoption("benchmark_json", None)
+    if file is not None and not state.written and (state.skipped or state.failed):
+        content: dict[str, Any] = {"benchmarks": []}
+        pytest_benchmark_update_json(session.config, content)
+        file.write_text(json.dumps(content, indent=4))
+
+
+def _seconds() -> float | None:
+    """Return how long the run may take; None: as long as it takes."""
+    given = os.environ.get("FISHFAST_BENCH_SECONDS")
+    if not given:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:  # NaN too
+        raise ValueError(
+            f"FISHFAST_BENCH_SECONDS must be a number of seconds above 0; got {given!r}; "
+            "unset it to measure everything"
+        )
+    return seconds
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,40 +1,35 @@
-"""Ways to get the sum of per-sample squared gradients, and the check that all give the same.
+"""Ways to get the sum of per-sample squared gradients, which all must give the same.
 
 The contenders: fishfast; the loop over single samples of the FISH Mask authors; torch.func's
 vmap(grad); Opacus (`GradSampleModule`, hooks); BackPACK (`SumGradSquared`). Each is used as its
 documentation says, on its own copy of the model where it changes it. What is not installed, or
-does not support a model, is `Unavailable` with the reason; a score that is wrong is `WrongScores`.
+does not support a model, is `Unavailable` with the reason (fisher_reference.py has the check).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from fisher_models import Batch, Workload
-from harness import Unavailable, WrongResult, version, why
+from harness import Unavailable, version, why
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fishfast as ff
 
 __all__ = [
-    "CONTENDERS", "FLOOR", "Contender", "Run", "Scores", "WrongScores", "check", "forward_backward",
-    "prepare", "version_of",
+    "CONTENDERS", "FLOOR", "Contender", "Run", "Scores", "forward_backward", "gradients", "prepare",
+    "version_of", "zeros",
 ]  # fmt: skip
 
 Scores = Mapping[str, Tensor]
 Run = Callable[[], Scores]
 
 FLOOR = "forward + backward"
-
-
-class WrongScores(WrongResult):
-    """A contender's scores differ from the loop's by more than rounding: it gets no figure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +46,6 @@ class Contender:
     build: Callable[[Workload], Run]
     package: str = "torch"
     peer: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class _Truth:
-    """Scores of all batches, and for the floor's check the gradients of the last one."""
-
-    scores: dict[str, Tensor]
-    last_gradients: dict[str, Tensor]
 
 
 def version_of(name: str) -> str:
@@ -91,81 +78,15 @@ def prepare(name: str, workload: Workload) -> tuple[Run, Scores]:
     raise Unavailable(reason)
 
 
-def check(name: str, workload: Workload, scores: Scores) -> float:
-    """Refuse scores that differ from a loop over single samples in fp32.
-
-    Per parameter, in the Frobenius norm: at most twice the error of the same loop in the
-    workload's dtype, plus the workload's rounding or 4 units in the last place of that dtype. A
-    token's square for a sample's, or the square of a batch's gradient, is off by a factor.
-
-    Args:
-        name: of the contender.
-        workload: what was scored.
-        scores: what it gave; for the floor, the gradients of the last batch.
-
-    Returns:
-        The error over all parameters, relative to the norm of the scores.
-
-    Raises:
-        WrongScores: a parameter is missing or wrong.
-    """
-    exact, plain = (
-        truth.last_gradients if name == FLOOR else truth.scores for truth in _truths(workload)
-    )
-    relative = max(workload.rounding, 4 * torch.finfo(workload.dtype).eps)
-    largest = max(float(values.abs().max()) for values in exact.values())
-    # Gradients that cancel to zero, as a key bias under softmax, are rounding alone: 1e-6 of the
-    # largest gradient.
-    rounding = 1e-6 * largest if name == FLOOR else 1e-12 * largest
-    total = 0.0
-    for parameter, right in exact.items():
-        if parameter not in scores:
-            raise WrongScores(f"{name} gave no scores for {parameter!r} of {workload.title}")
-        error = float((scores[parameter].float() - right).norm())
-        allowed = 2 * float((plain[parameter].float() - right).norm())
-        allowed += relative * float(right.norm()) + rounding * right.numel() ** 0.5
-        if not error <= allowed:  # NaN too
-            raise WrongScores(
-                f"{name} is wrong on {workload.title}: {parameter!r} differs from the batch-1 loop "
-                f"by {error:.2e}, allowed {allowed:.2e}; no figure"
-            )
-        total += error**2
-    return (total / sum(float(values.norm()) ** 2 for values in exact.values())) ** 0.5
-
-
-@functools.lru_cache(maxsize=2)  # a workload and its head
-def _truths(workload: Workload) -> tuple[_Truth, _Truth]:
-    """Return what is right, from a loop in fp32, and the same loop in the workload's dtype."""
-    plain = _loop_with_gradients(workload)
-    if workload.dtype == torch.float32:
-        return plain, plain
-    batches = [
-        {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
-        for batch in workload.batches
-    ]
-    model = copy.deepcopy(workload.model).float()
-    return _loop_with_gradients(dataclasses.replace(workload, model=model, batches=batches)), plain
-
-
-def _loop_with_gradients(workload: Workload) -> _Truth:
-    truth = _Truth(_zeros(workload.model), _zeros(workload.model))
-    first_of_last = workload.num_samples - len(next(iter(workload.batches[-1].values())))
-    for position, sample in enumerate(workload.samples()):
-        for name, grad in _gradients(workload, sample):
-            truth.scores[name] += grad.float().square()
-            if position >= first_of_last:
-                truth.last_gradients[name] += grad.float()
-    return truth
-
-
-def _zeros(model: nn.Module) -> dict[str, Tensor]:
+def zeros(model: nn.Module) -> dict[str, Tensor]:
+    """Return fp32 zeros for every parameter."""
     return {
         name: torch.zeros(p.shape, dtype=torch.float32, device=p.device)
         for name, p in model.named_parameters()
     }
 
 
-def _gradients(workload: Workload, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+def gradients(workload: Workload, batch: Batch) -> Iterator[tuple[str, Tensor]]:
     """Run forward and backward of the summed losses; yield the gradients by name."""
     workload.model.zero_grad()
     workload.loss_fn(workload.model, batch).sum().backward()
@@ -179,11 +100,11 @@ def forward_backward(workload: Workload) -> Run:
     """Return the floor: what a step of training runs on the same batches, without the optimizer."""
 
     def run() -> Scores:
-        gradients: Scores = {}
+        found: Scores = {}
         for batch in workload.batches:
-            gradients = {}
-            gradients = dict(_gradients(workload, batch))
-        return gradients
+            found = {}
+            found = dict(gradients(workload, batch))
+        return found
 
     return run
 
@@ -200,9 +121,9 @@ def _fishfast(workload: Workload) -> Run:
 
 def _loop(workload: Workload) -> Run:
     def run() -> Scores:
-        scores = _zeros(workload.model)
+        scores = zeros(workload.model)
         for sample in workload.samples():
-            for name, grad in _gradients(workload, sample):
+            for name, grad in gradients(workload, sample):
                 scores[name] += torch.square(grad)
         return scores
 
@@ -222,7 +143,7 @@ def _vmap(workload: Workload) -> Run:
     per_sample = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0))
 
     def run() -> Scores:
-        scores = _zeros(workload.model)
+        scores = zeros(workload.model)
         for batch in workload.batches:
             with sdpa_kernel(SDPBackend.MATH):  # vmap runs the fused ones sample by sample
                 grads = per_sample(parameters, batch)
@@ -240,7 +161,7 @@ def _opacus(workload: Workload) -> Run:
     wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum")
 
     def run() -> Scores:
-        scores = _zeros(model)
+        scores = zeros(model)
         for batch in workload.batches:
             workload.loss_fn(wrapped, batch).sum().backward()
             for name, p in model.named_parameters():
@@ -263,7 +184,7 @@ def _backpack(workload: Workload) -> Run:
     model, extension = extend(copy.deepcopy(workload.model)), SumGradSquared()
 
     def run() -> Scores:
-        scores = _zeros(model)
+        scores = zeros(model)
         for batch in workload.batches:
             with backpack(extension):
                 workload.loss_fn(model, batch).sum().backward()

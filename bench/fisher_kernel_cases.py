@@ -36,6 +36,7 @@ class KernelCase:
     Args:
         title: the operands' sizes.
         shape: of the scores.
+        grad: the gradient of the outputs, that floor, contenders and ``exact`` read.
         floor: computes the weight gradient alone.
         contenders: name -> a function that adds the squares to fp32 scores in place, or why there
             is none.
@@ -47,6 +48,7 @@ class KernelCase:
 
     title: str
     shape: tuple[int, ...]
+    grad: Tensor
     floor: Callable[[], Any]
     contenders: dict[str, Add | str]
     exact: Callable[[], Tensor]
@@ -124,15 +126,12 @@ def linear(
         used = torch.arange(length, device=device) < lengths[:, None]
         grad, x = (t * used[..., None] for t in (grad, x))
     rows = {"grad": grad.flatten(0, 1), "x": x.flatten(0, 1)}
-    ends = starts + lengths
     per_row = length == 1
+    starts, ends = (None, None) if per_row else (starts, starts + lengths)
     out = torch.empty(outputs, inputs, dtype=dtype, device=device)
 
     def add(score: Tensor) -> None:
-        accumulate.add_linear(
-            score, **rows, starts=None if per_row else starts, ends=None if per_row else ends,
-            power=2,
-        )  # fmt: skip
+        accumulate.add_linear(score, **rows, starts=starts, ends=ends, power=2)
 
     baselines: dict[str, Add | str]
     if per_row:
@@ -157,6 +156,7 @@ def linear(
     return KernelCase(
         title=f"linear {outputs}x{inputs} T={length} B={batch}{' padded' if padded else ''}",
         shape=(outputs, inputs),
+        grad=rows["grad"],
         floor=lambda: torch.mm(rows["grad"].T, rows["x"], out=out),
         contenders={"fishfast": add, **baselines},
         exact=functools.cache(exact),
@@ -197,8 +197,7 @@ def conv(
         return total
 
     def unfolded(chunk: slice) -> Tensor:
-        window = {"dilation": 1, "padding": padding, "stride": stride}
-        return F.unfold(x[chunk], kernel, **window).unflatten(1, (groups, -1)).mT
+        return F.unfold(x[chunk], kernel, 1, padding, stride).unflatten(1, (groups, -1)).mT
 
     def per_group(chunk: slice) -> Tensor:
         return grad[chunk].flatten(2).unflatten(1, (groups, -1))
@@ -207,6 +206,7 @@ def conv(
         title=f"conv {before}->{after} {kernel}x{kernel}/{stride} {side}px B={batch}"
         + (f" groups={groups}" if groups > 1 else ""),
         shape=tuple(weight.shape),
+        grad=grad,
         floor=floor,
         contenders={
             "fishfast": add,
@@ -245,6 +245,7 @@ def embedding(
     return KernelCase(
         title=f"embedding {tokens}x{width} T={length} B={batch}",
         shape=(tokens, width),
+        grad=grad,
         floor=lambda: torch.ops.aten.embedding_dense_backward(grad, ids, tokens, -1, False),
         contenders={
             "fishfast": lambda score: accumulate.add_embedding(score, ids, samples, grad, power=2),
@@ -273,6 +274,7 @@ def layer_norm(
     return KernelCase(
         title=f"layer norm {width} T={length} B={batch}",
         shape=(2, width),
+        grad=grad,
         floor=lambda: torch.ops.aten.native_layer_norm_backward(
             grad, x, [width], mean, rstd, weight, bias, [False, True, True]
         ),
@@ -281,9 +283,7 @@ def layer_norm(
             "torch ops": lambda score: _add_sums(score, grad, x, mean, rstd),
             "torch ops, compiled": lambda score: _compiled(_add_sums)(score, grad, x, mean, rstd),
         },
-        exact=functools.cache(
-            lambda: _sums(grad.double(), x.double(), mean.double(), rstd.double())
-        ),
+        exact=functools.cache(lambda: _sums(*(t.double() for t in (grad, x, mean, rstd)))),
         flops=0,
         num_bytes=grad.nbytes + x.nbytes + 16 * width,
     )

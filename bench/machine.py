@@ -35,7 +35,7 @@ def _set() -> str:
     default = "gpu" if torch.cuda.is_available() else "toy"
     name = os.environ.get("FISHFAST_BENCH", default)
     if name not in _SETS:
-        raise ValueError(f"FISHFAST_BENCH must be one of {_SETS}; got {name!r}")
+        raise ValueError(f"FISHFAST_BENCH must be one of {', '.join(_SETS)}; got {name!r}")
     return name
 
 

@@ -14,12 +14,13 @@ from train_contenders import LEARNING_RATE, Training
 
 import fishfast as ff
 
-__all__ = ["Reference", "check", "train_reference"]
+__all__ = ["Reference", "check", "check_floor", "train_reference"]
 
 _STEPS = 2  # LoRA's A has no gradient in the first one
 # Of the gradients' norm. fp32: sums of thousands of products in another order. bf16: a gradient,
 # and what it is computed from, are rounded to 2**-9 each.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-7}
+_STEP = 0.02  # of a first step's size; rounding in fp32 next to a weight of 1 makes 0.001
 _CLEAR = 1e-3  # of the gradients' root mean square; Adam turns rounding in less into whole steps
 
 
@@ -99,16 +100,27 @@ def check(
         The relative error of the gradients, of a masked training.
 
     Raises:
-        AssertionError: gradients, the loss or fp32 weights differ from the reference's, weights
-            that do not train change, or a parameter that does, does not.
+        AssertionError: gradients, the loss or fp32 weights differ from the reference's, the first
+            step has another size, weights that do not train change, or a parameter that does,
+            does not.
     """
     before = {name: p.detach().clone() for name, p in weights.items()}
     training.backward()
-    error = None if reference is None else _check_gradients(training, weights, reference)
-    moving = [(p, p.detach().clone()) for p in training.parameters if _will_move(p)]
+    error = None
+    if reference is not None:
+        parameters = training.model.named_parameters()  # type: ignore[attr-defined]
+        grads = {name: p.grad for name, p in parameters if p.grad is not None}
+        error = _check_gradients(training, grads, reference)
+    first = [
+        (p, p.detach().clone(), p.grad.detach().clone())
+        for p in training.parameters
+        if p.grad is not None
+    ]
     for p in training.parameters:
         p.grad = None
-    for _ in range(_STEPS):
+    training.step()
+    off = 0.0 if training.optimizer is None else _first_step_error(first)
+    for _ in range(_STEPS - 1):
         training.step()
     free = set() if reference is not None else {id(p) for p in training.parameters}
     for name, p in weights.items():
@@ -119,30 +131,71 @@ def check(
             raise AssertionError(
                 f"it changed {int(changed.sum())} weights of {name!r} that it does not train"
             )
-    still = sum(bool((p == old).all()) for p, old in moving)
-    if training.optimizer is not None and (still or not moving):
-        raise AssertionError(f"it does not train {still} of {len(moving)} parameters")
+    moving = [bool((p != old).any()) for p, old, grad in first if _will_move(p, grad)]
+    if training.optimizer is not None and not all(moving):
+        raise AssertionError(f"it does not train {moving.count(False)} of {len(moving)} parameters")
+    if not off <= _STEP:
+        raise AssertionError(f"its first step is off by {off:.2g} of the learning rate")
     if reference is not None:
         _check_loss(training, reference)
         _check_weights(weights, reference)
     return error
 
 
-def _will_move(p: nn.Parameter) -> bool:
+def check_floor(training: Training, weights: dict[str, nn.Parameter], reference: Reference) -> None:
+    """Refuse a floor whose step does not compute the gradients of full fine-tuning.
+
+    Args:
+        training: has no optimizer; its step is what is timed.
+        weights: of its model.
+        reference: holds the gradients of some of the weights.
+
+    Raises:
+        AssertionError: a gradient differs from the reference's, or there is none.
+    """
+    grads: dict[str, Tensor] = {}
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p, n=name: grads.update({n: p.grad.clone()}))
+        for name, p in weights.items()
+        if p.requires_grad
+    ]
+    training.step()
+    for hook in hooks:
+        hook.remove()
+    missing = weights.keys() - grads.keys()
+    assert not missing, f"it computed no gradient of {len(missing)} of {len(weights)} parameters"
+    _check_gradients(training, grads, reference)
+
+
+def _will_move(p: nn.Parameter, grad: Tensor) -> bool:
     """Return whether a step must show: a bf16 weight of 1 is rounded to where it was."""
-    return p.dtype == torch.float32 and p.grad is not None and float(p.grad.abs().max()) > 1e-6
+    return p.dtype == torch.float32 and float(grad.abs().max()) > 1e-6
 
 
-def _check_gradients(
-    training: Training, weights: dict[str, nn.Parameter], reference: Reference
-) -> float:
-    compact = dict(training.model.named_parameters())  # type: ignore[attr-defined]
+def _first_step_error(first: list[tuple[nn.Parameter, Tensor, Tensor]]) -> float:
+    """Return by what part the first step differs from Adam's, the learning rate whatever the size.
+
+    Of each parameter's largest change, of weights whose clipped gradient is a thousand of Adam's
+    epsilons and next to which their dtype's rounding does not hide a hundredth of a step.
+    """
+    norm = float(torch.stack([grad.float().norm() for _, _, grad in first]).norm())
+    errors = []
+    for p, old, grad in first:
+        tells = grad.abs() > 1e-5 * max(1.0, norm)
+        tells &= old.abs() * torch.finfo(p.dtype).eps <= 0.01 * LEARNING_RATE
+        if tells.any():
+            change = (p.detach()[tells].float() - old[tells].float()).abs().max()
+            errors.append(abs(float(change) / LEARNING_RATE - 1))
+    assert errors, "no weight tells the size of its steps"
+    return float(torch.tensor(errors).max())  # NaN too
+
+
+def _check_gradients(training: Training, grads: dict[str, Tensor], reference: Reference) -> float:
     difference = norm = 0.0
     for name, right in reference.gradients.items():
-        if f"{name}_values" in compact:
-            grad = compact[f"{name}_values"].grad
-        else:
-            grad = _selected(weights[name].grad, reference.mask[name])
+        grad = grads.get(f"{name}_values")
+        if grad is None:
+            grad = _selected(grads[name], reference.mask[name])
         difference += float((grad - right).norm()) ** 2
         norm += float(right.norm()) ** 2
     error, allowed = (difference / norm) ** 0.5, _TOLERANCE[training.workload.dtype]

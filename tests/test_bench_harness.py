@@ -220,6 +220,44 @@ def conftest_module() -> Any:
     return conftest
 
 
+@pytest.mark.parametrize(
+    ("variable", "given", "line"),
+    [("FISHFAST_BENCH", "large", "FISHFAST_BENCH must be one of toy, cpu, gpu, full; got 'large'")]
+    + [
+        ("FISHFAST_BENCH_SECONDS", given, "FISHFAST_BENCH_SECONDS must be a number of seconds above"
+         f" 0; got '{given}'; unset it to measure everything")
+        for given in ("soon", "nan", "inf", "-5", "0")
+    ],
+)  # fmt: skip
+def test_a_wrong_variable_ends_the_run_with_a_line(
+    harness: Any, monkeypatch: pytest.MonkeyPatch, variable: str, given: str, line: str
+) -> None:
+    monkeypatch.setenv(variable, given)
+    with pytest.raises(pytest.UsageError) as raised:
+        conftest_module().pytest_configure(SimpleNamespace(stash={}))
+    assert str(raised.value) == line
+
+
+def test_a_run_without_a_figure_keeps_what_has_none(harness: Any, tmp_path: Path) -> None:
+    conftest, file = conftest_module(), tmp_path / "figures.json"
+    run, entry = conftest._Run(), {"stage": "sample", "case": "n=1", "contender": "fishfast"}
+    session = SimpleNamespace(config=SimpleNamespace(
+        stash={conftest._STATE: run}, getoption=lambda name, default: file
+    ))  # fmt: skip
+    conftest.pytest_sessionfinish(session)
+    assert not file.exists()  # nothing ran
+    run.skipped, run.failed = [{**entry, "reason": "no time left"}], [{**entry, "reason": "wrong"}]
+    conftest.pytest_sessionfinish(session)
+    content = json.loads(file.read_text())
+    assert (content["benchmarks"], content["skipped"]) == ([], run.skipped)
+    assert content["failed"] == run.failed
+    assert content["machine"]["rehearsal"] is True
+    file.unlink()
+    conftest.pytest_benchmark_update_json(session.config, {"benchmarks": []})
+    conftest.pytest_sessionfinish(session)
+    assert not file.exists()  # pytest-benchmark writes it
+
+
 def test_each_file_has_its_share_of_the_time(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one leaves, those after it have; what the first takes too long, they do not lose."""
     monkeypatch.setenv("FISHFAST_BENCH_SECONDS", "90")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -65,3 +66,23 @@ def test_a_wrong_gradient_gets_no_figure(
     with pytest.raises(AssertionError, match=r"^fishfast on conv3x3, 2 % is wrong: .*; no figure$"):
         _run(module, "fishfast", "conv3x3")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("planted", [_FLOOR, "fishfast"])
+def test_a_kept_gradient_gets_no_figure(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any, planted: str
+) -> None:
+    right = module._weight_gradient
+
+    def kept(layer: Any, x: Any, grad: Any) -> Any:
+        run = right(layer, x, grad)
+        masked = any(not p.requires_grad for p in layer.parameters())
+        return functools.cache(run) if masked is (planted == "fishfast") else run
+
+    monkeypatch.setattr(module, "_weight_gradient", kept)
+    grad = module._operands("conv3x3", _CPU).grad
+    before = grad.clone()
+    with pytest.raises(AssertionError, match=r"^fishfast on conv3x3, 2 % is wrong: .*; no figure$"):
+        _run(module, "fishfast", "conv3x3")
+    assert capsys.readouterr().out == ""
+    assert torch.equal(grad, before)

@@ -202,6 +202,14 @@ def test_kept_files_give_tables(file, tmp_path):
     assert {"stage", "case", "contender", "version"} <= figures[0].keys()
 
 
+def test_a_run_without_a_figure_names_what_has_none(tmp_path):
+    late = {"stage": "topk_mask", "case": "n", "contender": "fishfast", "reason": "no time left"}
+    failed = {"stage": "fisher", "case": "BERT", "contender": "fishfast", "reason": "is wrong"}
+    text, _ = report(tmp_path, [], skipped=[late], failed=[failed])
+    assert "No figure.\n\nNot measured:\n\n- 1 cases, no time left: n\n" in text
+    assert "No figure.\n\nNo figure: failed:\n\n- fishfast on BERT: is wrong\n" in text
+
+
 def test_a_file_without_figures_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1}')
     result = CliRunner().invoke(main, [str(tmp_path / "x.json")])

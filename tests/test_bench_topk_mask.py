@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -49,12 +51,16 @@ def test_a_right_selection_gets_a_line(
     assert "GB/s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("at_least", [0, 2**16], ids=["always", "at the timed size"])
+@pytest.mark.parametrize("values", ["all equal", "mostly zero"])
 def test_a_wrong_mask_gets_no_figure(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any, values: str, at_least: int
 ) -> None:
     """Right but for ties, which go to the highest index."""
 
     def wrong(scores: dict[str, torch.Tensor], k: int) -> ff.SparseMask:
+        if sum(len(score) for score in scores.values()) < at_least:
+            return right(scores, k=k)
         flipped = {name: score.flip(0) for name, score in reversed(scores.items())}
         mask = right(flipped, k=k)
         indices = {n: (len(s) - 1 - mask[n]).flip(0) for n, s in scores.items()}
@@ -63,12 +69,44 @@ def test_a_wrong_mask_gets_no_figure(
     right = ff.top_k_mask
     monkeypatch.setattr(ff, "top_k_mask", wrong)
     benchmark = _benchmark()
-    problem = module.Problem("all equal", 2**16, num_tensors=3)
-    with pytest.raises(AssertionError, match=r"^fishfast on all equal.* not what a stable sort"):
+    # Of 0.005 the threshold of "mostly zero" is a value of its own; 0.5 reaches the zeros.
+    problem = module.Problem(values, 2**16, density=0.5, num_tensors=3)
+    with pytest.raises(AssertionError, match=rf"^fishfast on {values}.* not what a stable sort"):
         module.bench_top_k(benchmark, "fishfast", problem, _CPU)
     assert benchmark.extra_info == {}
     assert capsys.readouterr().out == ""
-    assert _run(module, "fishfast", "lognormal")["median_us"] > 0  # no ties at the edge
+
+
+def test_ties_are_the_first_of_a_stable_sort(module: ModuleType) -> None:
+    """Any other choice among equal scores is refused, at the end of a tensor and of the next."""
+    scores = {"a": torch.tensor([2.0, 1, 1, 3]), "b": torch.tensor([1.0, 0, 1])}
+    shapes, check = {"a": (4,), "b": (3,)}, importlib.import_module("topk_reference").check
+    values = torch.cat([*scores.values()])
+    accepted = []
+    for chosen in itertools.combinations(range(7), 4):
+        indices = {"a": [i for i in chosen if i < 4], "b": [i - 4 for i in chosen if i >= 4]}
+        mask = ff.SparseMask({n: torch.tensor(i, dtype=torch.int32) for n, i in indices.items()},
+                             shapes)  # fmt: skip
+        with contextlib.suppress(AssertionError):
+            check(mask, scores, 4)
+            accepted.append(list(chosen))
+    order = values.sort(descending=True, stable=True).indices[:4]
+    assert accepted == [order.sort().values.tolist()]
+
+
+@pytest.mark.parametrize("contender", ["fishfast", "torch.topk"])
+@pytest.mark.parametrize("values", ["lognormal", "all equal"])
+def test_a_kept_selection_gets_no_figure(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, contender: str, values: str
+) -> None:
+    right, kept = module._CONTENDERS[contender], {}
+
+    def wrong(scores: dict[str, torch.Tensor], k: int) -> Any:
+        return kept.setdefault((scores["t0"].data_ptr(), k), right(scores, k))
+
+    monkeypatch.setitem(module._CONTENDERS, contender, wrong)
+    with pytest.raises(AssertionError, match=rf"^{contender} on {values}.*: not the largest"):
+        _run(module, contender, values)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +142,9 @@ def test_what_is_wrong_only_at_full_size_gets_no_figure(
         _run(module, "torch.topk", "lognormal")
 
 
-def test_ties_are_free_to_a_baseline(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        module._CONTENDERS, "torch.topk", lambda scores, k: torch.arange(50_000).flip(0)[:k]
-    )
-    module._check("torch.topk", module.Problem("all equal", 2**16), _CPU)
+def test_ties_are_free_to_a_baseline(module: ModuleType) -> None:
+    scores = {"a": torch.ones(300), "b": torch.ones(200)}
+    importlib.import_module("topk_reference").check(torch.arange(500).flip(0)[:7], scores, 7)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -82,6 +82,16 @@ def _larger_steps(training: Any, weights: dict[str, Any]) -> None:
     training.optimizer.param_groups[0]["lr"] *= 1.5
 
 
+def _larger_second_step(training: Any, weights: dict[str, Any]) -> None:
+    step = training.optimizer.step
+
+    def wrong() -> None:
+        step()
+        training.optimizer.param_groups[0]["lr"] = 1.5e-4
+
+    training.optimizer.step = wrong
+
+
 def _slightly_larger_steps(training: Any, weights: dict[str, Any]) -> None:
     training.optimizer.param_groups[0]["lr"] *= 1.01
 
@@ -106,7 +116,8 @@ def _no_steps(training: Any, weights: dict[str, Any]) -> None:
     [
         (_ulp_elsewhere, "changed [0-9]+ weights of '.*' that it does not train"),
         (_other_entries, "gradients have a relative error of"),
-        (_larger_steps, "its loss is"),
+        (_larger_steps, "its first step is off by 0.5 of the learning rate"),
+        (_larger_second_step, "its loss is"),
         (_slightly_larger_steps, "[0-9]+ trained weights of '.*' are off by up to 0.02 steps"),
         (_one_weight_left_out, "1 trained weights of '.*' are off by up to"),
         (_no_steps, "it does not train ([0-9]+) of \\1 parameters"),
@@ -139,6 +150,61 @@ def test_adapters_must_leave_the_base_alone(
     _plant(contenders, monkeypatch, "LoRA all-linear", decay_the_base)
     with pytest.raises(AssertionError, match="changed 1024 weights of 'bert.pooler.dense.weight'"):
         _run(module, "LoRA all-linear")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("contender", ["full fine-tuning", "LoRA all-linear", "SHiRA"])
+def test_the_first_step_is_the_learning_rate(
+    module: ModuleType, contenders: ModuleType, contender: str, dtype: torch.dtype
+) -> None:
+    """These have no reference. In bf16, as on a GPU, rounding hides a step next to most weights."""
+    if contender != "full fine-tuning":
+        pytest.importorskip("peft")
+    check = importlib.import_module("train_reference").check
+    budget, masks, *_ = module._prepared("bert", _CPU)
+    for factor in (1, 0.9):
+        workload = module.build("bert", _CPU, dtype, **module._CASES["bert"], batches=1)
+        weights = dict(workload.model.named_parameters())
+        training = contenders.prepare(contender, workload, budget, masks)
+        training.optimizer.param_groups[0]["lr"] *= factor
+        if factor == 1:
+            check(training, weights, None)
+        else:
+            with pytest.raises(AssertionError, match="its first step is off by 0.1 of the learn"):
+                check(training, weights, None)
+
+
+def _no_work(training: Any) -> None:
+    training.step = lambda: None
+
+
+def _no_gradient_of_one(training: Any) -> None:
+    training.parameters[3].requires_grad_(False)
+
+
+def _gradients_of_half_a_loss(training: Any) -> None:
+    loss = training.loss
+    training.loss = lambda: loss() / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_no_work, r"it computed no gradient of ([0-9]+) of \1 parameters"),
+        (_no_gradient_of_one, "it computed no gradient of 1 of"),
+        (_gradients_of_half_a_loss, "its gradients have a relative error of 5.00e-01"),
+    ],
+)
+def test_no_ratio_to_a_wrong_floor(
+    module: ModuleType, contenders: ModuleType, monkeypatch: pytest.MonkeyPatch, change: Any,
+    reason: str,
+) -> None:  # fmt: skip
+    _plant(contenders, monkeypatch, "forward + backward", lambda training, _: change(training))
+    module._floor.cache_clear()
+    with pytest.raises(
+        AssertionError, match=rf"^forward \+ backward on BERT .* is wrong: {reason}"
+    ):
+        module._floor("bert", _CPU)
 
 
 def test_full_fine_tuning_must_train_every_parameter(
