@@ -6,7 +6,7 @@ TORCH ?= torch
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_SET ?= cpu
-BENCH_SECONDS ?= 780
+BENCH_SECONDS ?= 870
 RUN := $(VENV)/bin/python
 
 .PHONY: demo test doctest lint bench mutants clean

@@ -264,6 +264,7 @@ def test_each_file_has_its_share_of_the_time(harness: Any, monkeypatch: pytest.M
     conftest = conftest_module()
     run = conftest._Run()
     files = ["sparse_adam", "topk_mask", "masked_grad"]
+    monkeypatch.setattr(conftest, "_SHARES", dict.fromkeys(files, 3))
     run.counts, run.start = dict.fromkeys(files, 5), 1000.0
     for now, spent in ((29.0, []), (31.0, ["sparse_adam"]), (61.0, files[:2]), (91.0, files)):
         monkeypatch.setattr(conftest.time, "monotonic", lambda now=now: 1000 + now)
@@ -278,6 +279,7 @@ def test_a_comparison_is_not_cut_in_half(harness: Any, monkeypatch: pytest.Monke
     conftest = conftest_module()
     run = conftest._Run()
     run.counts, run.start = dict.fromkeys(["topk_mask", "masked_grad"], 5), 1000.0
+    monkeypatch.setattr(conftest, "_SHARES", {"topk_mask": 1, "masked_grad": 1})
     skipped = []
     for now, case in ((1, "a"), (44, "b"), (46, "b"), (47, "c"), (48, "c"), (91, "c")):
         monkeypatch.setattr(conftest.time, "monotonic", lambda now=now: 1000.0 + now)
