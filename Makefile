@@ -6,7 +6,7 @@ TORCH ?= torch
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_SET ?= cpu
-BENCH_SECONDS ?= 870
+BENCH_SECONDS ?= 1080
 RUN := $(VENV)/bin/python
 
 .PHONY: demo test doctest lint bench mutants clean
@@ -25,7 +25,7 @@ doctest: $(VENV)/installed
 mutants: $(VENV)/installed
 	$(RUN) tests/simt/mutate.py
 
-# What this machine's CPU does, in at most a quarter of an hour; what was not reached is named. The
+# What this machine's CPU does, in at most 18 minutes; what was not reached is named. The
 # report is written even if a benchmark failed, and names it.
 bench: $(VENV)/bench
 	mkdir -p bench/out

@@ -71,7 +71,7 @@ def score_and_record(
     Raises:
         WrongScores: its scores, or fishfast's, are not those of a loop.
     """
-    fishfast = _timed_fishfast(workload, seconds)  # no ratio to wrong scores either
+    fishfast, further = _timed_fishfast(workload, seconds)  # no ratio to wrong scores either
     if contender != "fishfast":  # no other batch changes what it costs per sample
         workload = workload.head
     try:
@@ -91,7 +91,7 @@ def score_and_record(
         **_counted(workload, timing["median_us"]),
     }
     if contender == "fishfast":
-        figures["times_floor_further"] = _times_floor_further(workload, timing, seconds)
+        figures["times_floor_further"] = further
     benchmark.extra_info.update(
         timing,
         **figures,
@@ -133,20 +133,21 @@ def _timed(contender: str, workload: Workload, seconds: float) -> _Timed:
     run, scores = (floor, floor()) if contender == FLOOR else prepare(contender, workload)
     error = check(contender, workload, scores)
     del scores
-    check_again(contender, workload, run)
+    if len(workload.batches) == 1:  # fishfast on more is asked with the first one
+        check_again(contender, workload, run)
     return _Timed(run, error, compare(run, floor, workload.device, seconds))
 
 
 @functools.lru_cache(maxsize=1)
-def _timed_fishfast(workload: Workload, seconds: float) -> _Timed:
-    return _timed("fishfast", workload, seconds)
+def _timed_fishfast(workload: Workload, seconds: float) -> tuple[_Timed, float]:
+    """Return fishfast with its first batch, and what a further one costs in multiples of the floor.
 
-
-def _times_floor_further(workload: Workload, timing: dict[str, float], seconds: float) -> float:
-    """Return what a batch costs after the first one, which is searched for its samples too."""
+    The first is searched for its samples, too.
+    """
+    timed, first = (_timed("fishfast", w, seconds) for w in (workload, workload.head))
     count = len(workload.batches)
-    first = _timed("fishfast", workload.head, seconds).timing["times_floor"]
-    return (count * timing["times_floor"] - first) / (count - 1)
+    further = count * timed.timing["times_floor"] - first.timing["times_floor"]
+    return timed, further / (count - 1)
 
 
 def _counted(workload: Workload, us: float) -> dict[str, float]:

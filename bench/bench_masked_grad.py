@@ -59,7 +59,7 @@ def _cases() -> dict[str, Case]:
         }
     scale = 16 if _GPU else 1
     return {
-        **_linears(1024 * scale, [(768, 768), (3072, 768), (768, 3072)]),
+        **_linears(1024 * scale, [(3072, 768), (768, 3072), (768, 768)]),
         **(_linears(8192, [(4096, 4096), (14336, 4096)]) if _GPU else {}),
         "conv3x3 64, 56 x 56": Case(
             lambda: nn.Conv2d(64, 64, 3, padding=1, bias=False), (8 * scale, 64, 56, 56)
