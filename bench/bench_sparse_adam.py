@@ -81,9 +81,10 @@ def _gpu() -> list[Problem]:
 
 _DENSITIES = [0.005, 0.0001, 0.001, 0.02, 0.1, 0.5]
 _TENSORS = [1, 16, 100, 1000, 10_000]
+_CPU_TENSORS = _TENSORS[:-1] if short_set() else _TENSORS  # the last takes some minutes
 _PROBLEMS = {
     "toy": lambda: _sweeps([0.005, 0.5], [2**14], [1], 2**16),
-    "cpu": lambda: _sweeps(_DENSITIES, [10**5, 10**6, 10**8], _TENSORS, 10**7),
+    "cpu": lambda: _sweeps(_DENSITIES, [10**5, 10**6, 10**8], _CPU_TENSORS, 10**7),
     "gpu": _gpu,
 }[size_set(devices()[0])]()
 
@@ -121,8 +122,8 @@ def _num_selected(problem: Problem) -> int:
 def _check(step: Step, dense: bool, problem: Problem) -> float:
     """Check the very step that is timed, at its size, and that it steps all that it should."""
     trained = problem.num_params if dense else _num_selected(problem)
-    sizes = sum(w.numel() for w in step.weights), sum(g.numel() for g in step.gradients)
-    assert sizes == (problem.num_params, trained), f"weights and gradients of {sizes}"
+    found = sum(g.numel() for g in step.gradients)
+    assert found == trained, f"it steps {found} of {trained} weights"
     return check(step)
 
 

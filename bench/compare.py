@@ -1,4 +1,4 @@
-"""What got slower between two JSON files of one machine: ``python bench/compare.py OLD NEW``.
+"""What got slower between JSON files of one machine: ``python bench/compare.py OLD NEW [NEW ...]``.
 
 Takes what ``pytest --benchmark-json`` writes and what ``bench/results`` keeps. Compared are times
 as multiples of the floor, which was timed in turns with them: a machine that was slower throughout
@@ -7,7 +7,9 @@ the noise, and its middle 60 % (p20 to p80) lies above that of before.
 
 The noise is what changed though nothing did: of the rows of other packages, in the same versions,
 nine in ten changed by no more. Each stage has its own where it has enough of them. What changed
-more among those rows is called noise, too.
+more among those rows is called noise, too. So of our rows, of which there are some fifty, a few may
+seem slower in one run: several new runs are each compared with the old one, and slower is what was
+so in every one.
 
 Exit code: 0 nothing is slower, 1 something is, 2 the files cannot be compared.
 
@@ -177,15 +179,34 @@ def _other_work(before: Figures, after: Figures) -> str:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "new", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True
+)
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), default=0.05, show_default=True,
     help="By what part a figure may grow, noise or not.",
 )  # fmt: skip
 @click.option("--anyway", is_flag=True, help="Compare times of unlike machines too.")
 @click.pass_context
-def main(context: click.Context, old: Path, new: Path, tolerance: float, anyway: bool) -> None:
-    """Print what got slower from OLD to NEW, two JSON files of one machine."""
+def main(
+    context: click.Context, old: Path, new: tuple[Path, ...], tolerance: float, anyway: bool
+) -> None:
+    """Print what got slower from OLD to every NEW, JSON files of one machine."""
+    pairs = [_compare(old, path, tolerance, anyway) for path in new]
+    always = [change.title for change in pairs[-1] if all(_is_slower(change, p) for p in pairs)]
+    if len(new) > 1:
+        for title in always:
+            click.echo(f"slower in all: {title}")
+        click.echo(f"{len(always)} cases slower in all {len(new)} of {', '.join(map(str, new))}")
+    context.exit(1 if always else 0)
+
+
+def _is_slower(change: Change, found: list[Change]) -> bool:
+    return any(c.title == change.title and c.verdict == "slower" for c in found)
+
+
+def _compare(old: Path, new: Path, tolerance: float, anyway: bool) -> list[Change]:
+    """Print what two files differ in; return every case that both have."""
     before, after = read(old), read(new)
     unlike, versions = _differences(before, after)
     if unlike and not anyway:
@@ -210,9 +231,9 @@ def main(context: click.Context, old: Path, new: Path, tolerance: float, anyway:
     for path, figures, others in ((new, old_figures, new_figures), (old, new_figures, old_figures)):
         for title in sorted(_title(figures[key]) for key in figures.keys() - others.keys()):
             click.echo(f"not in {path.name}: {title}")
-    slower = [change for change in found if change.verdict == "slower"]
-    click.echo(f"{len(slower)} of {len(found)} cases slower")
-    context.exit(1 if slower else 0)
+    slower = sum(change.verdict == "slower" for change in found)
+    click.echo(f"{slower} of {len(found)} cases slower")
+    return found
 
 
 def _print(found: list[Change], before: Run, after: Run) -> None:

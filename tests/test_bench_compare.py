@@ -119,6 +119,20 @@ def test_noise_is_what_changed_though_nothing_did(tmp_path):
     assert run(old, other_version).exit_code == 1
 
 
+def test_slower_is_what_is_so_in_every_new_run(tmp_path):
+    old = file_of(tmp_path, "old.json", {"a": (9, 10, 11), "b": (9, 10, 11)})
+    once = file_of(tmp_path, "once.json", {"a": (19, 20, 21), "b": (19, 20, 21)})
+    again = file_of(tmp_path, "again.json", {"a": (9, 10, 11), "b": (19, 20, 21)})
+    assert run(old, once).exit_code == 1
+    both = run(old, once, again)
+    assert both.exit_code == 1
+    assert both.output.splitlines()[-2] == "slower in all: b"
+    assert both.output.splitlines()[-1].startswith("1 cases slower in all 2 of ")
+    quiet = run(old, once, again, file_of(tmp_path, "quiet.json", {"b": (9, 10, 11)}))
+    assert quiet.exit_code == 0
+    assert quiet.output.splitlines()[-1].startswith("0 cases slower in all 3 of ")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
