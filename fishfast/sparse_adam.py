@@ -13,7 +13,6 @@ from fishfast.capturable import LEARNING_RATE_DTYPE, learning_rate, place_step
 from fishfast.optimizer_options import require_not_negative
 from fishfast.sparse_optimizer import SparseOptimizer
 from fishfast.sparse_rows import fill_scalars, launch, row_dtype
-from fishfast.step_batch import Batch
 from fishfast.update import Update, refuse_in_capture
 
 __all__ = ["Adam", "AdamW"]
@@ -120,15 +119,11 @@ class Adam(SparseOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, backend, check_finite)
 
-    @staticmethod
-    def _row_kind(group: dict[str, Any]) -> tuple[bool, ...]:
-        return bool(group["amsgrad"]), bool(group["capturable"])
-
     def _refuse_options(self, group: dict[str, Any]) -> None:
         super()._refuse_options(group)
         _refuse_betas(group["betas"])
 
-    def _prepare(self, updates: list[Update]) -> None:
+    def _advance(self, updates: list[Update]) -> None:
         for update in updates:
             place_step(update)
             for name in _moments(update):
@@ -137,10 +132,10 @@ class Adam(SparseOptimizer):
                     update.state[name] = torch.zeros_like(
                         update.values, memory_format=torch.contiguous_format
                     )
-
-    def _count(self, updates: list[Update]) -> None:
-        # Of a number torch would make a tensor for each of them: four times as long.
-        torch._foreach_add_([update.state["step"] for update in updates], _ONE, alpha=1.0)
+        counted = [u.state["step"] for u in updates if not u.group["capturable"]]
+        if counted:
+            # Of a number torch would make a tensor for each of them: four times as long.
+            torch._foreach_add_(counted, _ONE, alpha=1.0)
 
     def _update_torch(self, update: Update, grad_scale: float) -> None:
         state, group, values = update.state, update.group, update.values
@@ -159,12 +154,13 @@ class Adam(SparseOptimizer):
         values.mul_(s["decay"])
         values.addcdiv_(state["exp_avg"], denominator, value=s["negative_step_size"])
 
-    def _update_compiled(self, batch: Batch, grad_scale: float) -> None:
-        updates = batch.updates
-        rows = _rows(updates) if batch.rows is None else batch.rows
+    def _update_compiled(
+        self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
+    ) -> None:
+        rows = _rows(updates)
         steps = [float(update.state["step"]) for update in updates]
         fill_scalars(rows, updates, lambda update: _scalars(update, grad_scale), steps)
-        launch(self._operation, rows, batch)
+        launch(self._operation, rows, updates, device, backend)
 
     def _update_capturable(
         self, updates: list[Update], scaling: tuple[Tensor | None, Tensor | None]

@@ -27,7 +27,6 @@ from fishfast.optimizer_state import (
     refuse_other_shapes,
     take_masters,
 )
-from fishfast.step_batch import Batch, LastStep, checked
 from fishfast.update import Update, count_versions, is_capturing, refuse_not_finite
 
 __all__ = ["SparseOptimizer"]
@@ -68,7 +67,6 @@ class SparseOptimizer(Optimizer, ABC):
     ) -> None:
         self._backend, self._check_finite = backend, check_finite
         self._tables = Tables()
-        self._last: LastStep | None = None
         if hasattr(params, "parameters"):
             raise TypeError(
                 f"params must be an iterable of parameters; got a {type(params).__name__}; "
@@ -88,7 +86,6 @@ class SparseOptimizer(Optimizer, ABC):
             self._tables = Tables()
         self.__dict__.setdefault("_check_finite", False)
         self._tables.forget()
-        self._last = None
         for group in self.param_groups:
             for name, value in self._former_options.items():
                 group.setdefault(name, value)
@@ -164,56 +161,47 @@ class SparseOptimizer(Optimizer, ABC):
             return loss  # overflow: no update, and no step is counted
         grad_scale = float(scale) if on_host and scale is not None else 1.0
 
-        batches, last = self._checked_batches()
+        batches = self._checked_batches()
+        chosen_for = {
+            device: _backend.choose(self._operation, device, self._backend) for device, _ in batches
+        }
         # Nothing was changed so far, and what follows does not fail.
-        for batch in batches:
-            if last is None:
-                for update in batch.updates:
-                    if update.is_stale:
-                        update.values.follow_()  # type: ignore[attr-defined]
-                self._prepare(batch.updates)
-            self._update(batch, grad_scale, (found_inf, scale))
-        if last is None and all(batch.rows is not None for batch in batches):
-            last = LastStep(self.param_groups, self._row_kind, batches)
-        if last is not None:
-            last.let_go_of_gradients()
-        self._last = last
+        for (device, capturable), updates in batches.items():
+            for update in updates:
+                if update.is_stale:
+                    update.values.follow_()  # type: ignore[attr-defined]
+            self._advance(updates)
+            if (backend := chosen_for[device]) == "torch":
+                for update in updates:
+                    self._update_torch(update, grad_scale)
+                    if isinstance(update.values, CompactParameter):
+                        update.values.write_()
+                continue
+            if capturable:
+                self._update_capturable(updates, (found_inf, scale))
+            else:
+                self._update_compiled(updates, grad_scale, device, backend)
+            count_versions(updates)
         return loss
 
-    def _checked_batches(self) -> tuple[list[Batch], LastStep | None]:
-        """Return what has a gradient, checked, and the last step if all else is as in that."""
+    def _checked_batches(self) -> dict[tuple[torch.device, bool], list[Update]]:
+        """Return what has a gradient, checked, by its device and whether it is capturable."""
+        batches: dict[tuple[torch.device, bool], list[Update]] = {}
         for group in self.param_groups:
             self._refuse_options(group)
-        last, self._last = self._last, None  # until this step is done
-        batches = last.again(self.param_groups, self.state) if last is not None else None
-        if batches is None:
-            batches, last = checked(self.param_groups, self.state), None
-        for batch in batches:
-            if batch.capturable:
-                self._refuse_capturable(batch.device)
-                for update in {id(update.group): update for update in batch.updates}.values():
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update = Update(parameter, self.state[parameter], group)
+                    kind = parameter.device, bool(group["capturable"])
+                    batches.setdefault(kind, []).append(update)
+        for (device, capturable), updates in batches.items():
+            if capturable:
+                self._refuse_capturable(device)
+                for update in {id(update.group): update for update in updates}.values():
                     learning_rate(update)
             elif self._check_finite:
-                refuse_not_finite(batch.updates)
-            batch.backend = _backend.choose(self._operation, batch.device, self._backend)
-        return batches, last
-
-    def _update(
-        self, batch: Batch, grad_scale: float, scaling: tuple[Tensor | None, Tensor | None]
-    ) -> None:
-        if not batch.capturable:
-            self._count(batch.updates)
-        if batch.backend == "torch":
-            for update in batch.updates:
-                self._update_torch(update, grad_scale)
-                if isinstance(update.values, CompactParameter):
-                    update.values.write_()
-            return
-        if batch.capturable:
-            self._update_capturable(batch.updates, scaling)
-        else:
-            self._update_compiled(batch, grad_scale)
-        count_versions(batch.updates)
+                refuse_not_finite(updates)
+        return batches
 
     def _refuse_options(self, group: dict[str, Any]) -> None:
         """Refuse what a param group was given since, before anything is changed."""
@@ -236,24 +224,18 @@ class SparseOptimizer(Optimizer, ABC):
                     "capturable=True, or step outside the CUDA graph"
                 )
 
-    @staticmethod
     @abstractmethod
-    def _row_kind(group: dict[str, Any]) -> tuple[bool, ...]:
-        """Return the options of a group that decide which addresses a row has."""
-
-    @abstractmethod
-    def _prepare(self, updates: list[Update]) -> None:
-        """Make missing state."""
-
-    def _count(self, updates: list[Update]) -> None:  # noqa: B027 - SGD counts none
-        """Count a step of parameters that are not capturable."""
+    def _advance(self, updates: list[Update]) -> None:
+        """Make missing state and, unless the device does, count the step."""
 
     @abstractmethod
     def _update_torch(self, update: Update, grad_scale: float) -> None:
         """Update one parameter with torch operations; the caller scatters."""
 
     @abstractmethod
-    def _update_compiled(self, batch: Batch, grad_scale: float) -> None:
+    def _update_compiled(
+        self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
+    ) -> None:
         """Update and scatter all parameters of one device in one call."""
 
     @abstractmethod

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fishfast import _backend
-from fishfast.step_batch import Batch
 from fishfast.update import Update
 
 __all__ = [
@@ -69,24 +68,24 @@ def fill_scalars(
     rows["scalars"] = filled if len(known) > 1 else filled[0]
 
 
-def launch(operation: str, rows: np.ndarray, batch: Batch) -> None:
+def launch(
+    operation: str, rows: np.ndarray, updates: list[Update], device: torch.device, backend: str
+) -> None:
     """Update and scatter all parameters of one device.
 
     Args:
         operation: ``"sparse_adam"`` or ``"sparse_sgd"``.
         rows: one per update, state and scalars filled.
-        batch: the parameters, on a CPU or a GPU; keeps the rows.
+        updates: the parameters.
+        device: where they are.
+        backend: ``"cpu"`` or ``"cuda"``.
     """
-    updates, device = batch.updates, batch.device
-    if batch.rows is None:
-        batch.rows, batch.held = rows, fill_addresses(rows, updates)
-    else:
-        rows["grad"] = [update.grad.data_ptr() for update in updates]
+    held = fill_addresses(rows, updates)
     extension = _backend.compiled()
     assert rows.itemsize == getattr(extension, f"{operation.upper()}_ROW_BYTES")
-    call = getattr(extension, f"{operation}_{batch.backend}")
+    call = getattr(extension, f"{operation}_{backend}")
     counts = tuple(update.plain.numel() for update in updates)
-    if batch.backend == "cpu":
+    if backend == "cpu":
         call(rows.ctypes.data, len(rows), _backend.num_threads(sum(counts) * _TIME))
         return
     index, stream = device_and_stream(device)
@@ -94,6 +93,7 @@ def launch(operation: str, rows: np.ndarray, batch: Batch) -> None:
     table = to_device(rows, device)
     num_chunks = chunks.numel() // CHUNK_DTYPE.itemsize
     call(table.data_ptr(), chunks.data_ptr(), num_chunks, index, stream)
+    del held  # the stream orders their reuse after the kernel
 
 
 def to_device(rows: np.ndarray, device: torch.device) -> Tensor:

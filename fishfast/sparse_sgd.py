@@ -13,7 +13,6 @@ from fishfast.capturable import LEARNING_RATE_DTYPE, learning_rate, place_step
 from fishfast.optimizer_options import require_not_negative
 from fishfast.sparse_optimizer import SparseOptimizer
 from fishfast.sparse_rows import fill_scalars, launch, row_dtype
-from fishfast.step_batch import Batch
 from fishfast.update import Update, refuse_in_capture
 
 __all__ = ["SGD"]
@@ -110,11 +109,7 @@ class SGD(SparseOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, backend, check_finite)
 
-    @staticmethod
-    def _row_kind(group: dict[str, Any]) -> tuple[bool, ...]:
-        return bool(group["momentum"] != 0), bool(group["capturable"])
-
-    def _prepare(self, updates: list[Update]) -> None:
+    def _advance(self, updates: list[Update]) -> None:
         """Make the momentum buffer; the first update sets it, which the device must tell."""
         for update in updates:
             if not update.group["capturable"]:
@@ -150,16 +145,17 @@ class SGD(SparseOptimizer):
             grad = grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
         values.add_(grad, alpha=-float(update.lr()))
 
-    def _update_compiled(self, batch: Batch, grad_scale: float) -> None:
-        updates = batch.updates
+    def _update_compiled(
+        self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
+    ) -> None:
         first_steps = [update.state.get("momentum_buffer") is None for update in updates]
         for update, first_step in zip(updates, first_steps, strict=True):
             if update.group["momentum"] != 0 and first_step:
                 update.state["momentum_buffer"] = _new_buffer(update)
-        rows = _rows(updates) if batch.rows is None else batch.rows
+        rows = _rows(updates)
         fill_scalars(rows, updates, lambda update: _scalars(update, grad_scale))
         rows["scalars"]["first_step"] = first_steps
-        launch(self._operation, rows, batch)
+        launch(self._operation, rows, updates, device, backend)
 
     def _update_capturable(
         self, updates: list[Update], scaling: tuple[Tensor | None, Tensor | None]

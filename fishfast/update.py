@@ -53,9 +53,7 @@ class Update:
         is_stale: the weight was replaced or written to since the values were in it.
     """
 
-    __slots__ = (
-        "_kept", "grad", "group", "is_stale", "plain", "state", "target", "values", "weight",
-    )  # fmt: skip
+    __slots__ = ("grad", "group", "is_stale", "plain", "state", "target", "values", "weight")
 
     def __init__(self, values: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         grad = values.grad
@@ -115,49 +113,6 @@ class Update:
                 and value.device == device
             ):
                 self._refuse_state(name, value)
-
-    def keep(self) -> None:
-        """Remember what the step was taken with."""
-        dtype = None if self.weight is None else self.weight.dtype
-        tensors = [(n, t, t.data_ptr()) for n, t in self.state.items() if isinstance(t, Tensor)]
-        self._kept = (self.plain.data_ptr(), self.plain.numel(), dtype, tensors)
-
-    def renew(self, state: dict[str, Any]) -> bool:
-        """Take the gradient of the next step, if all else is as it was in the last one.
-
-        Args:
-            state: the optimizer's of the parameter, which may be another one now.
-
-        Returns:
-            Whether it is; if not, the parameter must be checked anew.
-
-        Raises:
-            RuntimeError: as of `Target.weight`.
-        """
-        values, plain, target, grad = self.values, self.plain, self.target, self.values.grad
-        address, k, dtype, tensors = self._kept
-        if (
-            grad is None
-            or grad.dtype is not torch.float32
-            or grad.layout is not torch.strided
-            or grad.numel() != k
-            or not grad.is_contiguous()
-            or plain.data_ptr() != address
-        ):
-            return False
-        if target is not None:
-            weight = target.weight()
-            if (
-                values.plain is not plain  # type: ignore[attr-defined]
-                or weight.dtype is not dtype
-                or target.changed(weight)
-            ):
-                return False
-        for name, tensor, where in tensors:
-            if state.get(name) is not tensor or tensor.data_ptr() != where:
-                return False
-        self.grad = grad
-        return True
 
     def _refuse_step(self, value: Any) -> None:
         """Refuse a step count, unless it is a form that torch makes and a host's step can read."""
