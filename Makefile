@@ -31,7 +31,7 @@ bench: $(VENV)/bench
 	mkdir -p bench/out
 	rm -f bench/out/bench.json  # a run that breaks off writes none, and the last one's is not its
 	FISHFAST_BENCH=$(BENCH_SET) FISHFAST_BENCH_SECONDS=$(BENCH_SECONDS) $(RUN) -m pytest bench -s \
-		--benchmark-enable --benchmark-quiet --benchmark-json=bench/out/bench.json; \
+		--benchmark-enable --benchmark-json=bench/out/bench.json; \
 	status=$$?; $(RUN) bench/report.py bench/out/bench.json && exit $$status
 
 lint: $(VENV)/lint

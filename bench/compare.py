@@ -41,6 +41,7 @@ _WORK = (
     "num_samples", "batch", "length", "rank",
 )  # fmt: skip
 
+_MULTIPLES = ("times_floor_p20", "times_floor", "times_floor_p80")
 _FEWEST_ROWS = 10  # that tell a stage's noise
 
 Key = tuple[str, str, str]  # stage, case, contender
@@ -129,10 +130,13 @@ def _ninth_tenth(factors: list[float]) -> float | None:
 
 def _compared(before: Figures, after: Figures) -> list[tuple[float, float, float]]:
     """Return p20, median and p80 of both, as multiples of the floor where both have them."""
-    floor = ("times_floor_p20", "times_floor", "times_floor_p80")
     time = ("p20_us", "median_us", "p80_us")
-    keys = floor if all(key in before and key in after for key in floor) else time
+    keys = _MULTIPLES if _has_multiples(before, after) else time
     return [tuple(figures[key] for key in keys) for figures in (before, after)]
+
+
+def _has_multiples(before: Figures, after: Figures) -> bool:
+    return all(key in before and key in after for key in _MULTIPLES)
 
 
 def _title(figures: Figures) -> str:
@@ -226,6 +230,9 @@ def _compare(old: Path, new: Path, tolerance: float, anyway: bool) -> list[Chang
     if not found:
         raise Refused(f"{old.name} and {new.name} have no case in common")
     _print(found, before, after)
+    both = old_figures.keys() & new_figures.keys()
+    if times := sum(not _has_multiples(old_figures[key], new_figures[key]) for key in both):
+        click.echo(f"{times} cases without multiples of their floor in both files: by their times")
     told = ", ".join(f"{stage} {factor:.2f}" for stage, factor in sorted(noises.items()))
     click.echo(f"noise, by rows of other packages: {told}")
     for path, figures, others in ((new, old_figures, new_figures), (old, new_figures, old_figures)):
@@ -249,7 +256,7 @@ def _print(found: list[Change], before: Run, after: Run) -> None:
         for change in found
     ]
     commits = (f"at {run.machine.get('commit')}" for run in (before, after))
-    headers = ("case", *commits, "new/old", "to its floor", "")
+    headers = ("case", *commits, "new/old", "compared", "")
     click.echo(tabulate(rows, headers=headers, disable_numparse=True))
 
 

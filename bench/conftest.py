@@ -90,6 +90,7 @@ def pytest_configure(config: pytest.Config) -> None:
             torch.set_num_threads(1)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    config.option.benchmark_quiet = True  # its table is of the round that looks at the memory
 
 
 def pytest_report_header() -> str:

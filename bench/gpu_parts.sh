@@ -128,7 +128,7 @@ part_bench() {
   fi
   trap : INT # at the time limit pytest saves what it has
   export FISHFAST_BENCH_SECONDS=$((limit * 85 / 100)) # the case in hand ends, and the JSON is saved
-  "$python" -m pytest bench -s --benchmark-enable --benchmark-quiet \
+  "$python" -m pytest bench -s --benchmark-enable \
     --benchmark-json="$work/bench.json" && return
   [ -s "$work/bench.json" ] || stop "no figure was written"
   stop "$("$python" bench/figures.py "$work/bench.json" 2>&1 | tail -1)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -129,8 +130,8 @@ def _training(run: Run) -> Figure:
         rows.sort(key=lambda row: not row["contender"].startswith(OURS))  # ours on top
         names = [row["contender"] for row in rows]
         memory = [row.get("total_bytes", row.get("peak_bytes", 0)) / 2**20 for row in rows]
-        times = [row["median_us"] / 1e3 for row in rows]
-        spread = [[abs(row[p] - row["median_us"]) / 1e3 for row in rows] for p in _SPREAD]
+        (low, times, high), line_at = _times(rows)
+        spread = [[abs(m - e) for m, e in zip(times, ends, strict=True)] for ends in (low, high)]
         words = ("memory at its peak, MiB", "time per step and its p20 to p80, ms")
         bars = ((memory, words[0], None), (times, words[1], spread))
         for panel, (values, word, error) in zip(panels, bars, strict=True):
@@ -145,13 +146,27 @@ def _training(run: Run) -> Figure:
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
             panel.invert_yaxis()  # first on top
             panel.spines[["top", "right"]].set_visible(False)
-        for floor in filter(is_floor, case.rows):
+        if line_at is not None:
             line = {"color": _FLOOR["color"], "linestyle": _FLOOR["linestyle"]}
-            name = f"floor: {floor['contender']} of full fine-tuning"
-            panels[1].axvline(floor["median_us"] / 1e3, label=name, **line)
+            name = f"{rows[0].get('floor_name', 'floor')} of full fine-tuning"
+            panels[1].axvline(line_at, label=name, **line)
         panels[0].set_title(case.title, loc="left", fontsize=9)
         panels[1].set_yticklabels([])
     return figure
+
+
+def _times(rows: list[Figures]) -> tuple[list[list[float]], float | None]:
+    """Return p20, median and p80 in ms, and what they were timed in turns with, if they were.
+
+    Then each is its multiple of that, at the median speed that the machine had: bars that were
+    measured one after the other stand in the right ratio to the line and to each other.
+    """
+    keys = ("times_floor_p20", "times_floor", "times_floor_p80")
+    if all(key in row for row in rows for key in (*keys, "floor_us")):
+        line_at = statistics.median(row["floor_us"] for row in rows) / 1e3
+        return [[line_at * row[key] for row in rows] for key in keys], line_at
+    low, high = _SPREAD
+    return [[row[key] / 1e3 for row in rows] for key in (low, "median_us", high)], None
 
 
 def _rows(run: Run, stage: str) -> list[Figures]:

@@ -41,7 +41,8 @@ _STAGES = {
 }
 _BUSY = 10.0  # percent of the cores; above it the report warns. Compilers take some, too
 _LEGEND = [
-    "- Time: the median; beside it the middle 60 % of the repeats. Bold: the fastest of a case.",
+    "- Time: the median; beside it the middle 60 % of the repeats. Bold: the fastest of a case, "
+    "its floor aside.",
     "- Ratio: time over fishfast's, above 1 is slower than fishfast. Contenders that were timed in "
     "turns with the floor are compared by their multiples of it, which a busy machine changes "
     "less than the times.",

@@ -15,7 +15,7 @@
 # A part that is done leaves PART.done and is not repeated while the sources stay the same, unless
 # --only names it or --again is given: a run that was cut short goes on where it was. A part that
 # fails stops only what needs it. Exit code: 0 all is well, 1 a part failed, 3 a part could not be
-# run here. OUT_DIR gets summary.txt, bench.json, report.md with its four pictures, and
+# run on this card. OUT_DIR gets summary.txt, bench.json, report.md with its four pictures, and
 # results.tar.gz with all of it; logs and markers lie beside them, or in --work DIR where few files
 # are wanted or OUT_DIR does not last. The time is shared out so that all parts together stay within
 # --minutes (default 9.5; 30 without a GPU). FISHFAST_COMMIT names the commit of a copy without git.

@@ -170,7 +170,7 @@ def run_bench(folder: Path, **environment: str) -> tuple[dict[str, Any], str]:
     # Not as a worker of a parallel run, in which pytest-benchmark measures nothing.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-s", "-q", "--benchmark-enable", "--benchmark-quiet",
+        [sys.executable, "-m", "pytest", "-s", "-q", "--benchmark-enable",
          "--benchmark-json=figures.json", "-p", "no:cacheprovider"],
         cwd=folder, capture_output=True, text=True, timeout=120,
         env={**inherited, "PYTHONPATH": str(BENCH.parent), "FISHFAST_BENCH": "toy", **environment},
