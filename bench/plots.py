@@ -138,7 +138,8 @@ def _training(run: Run) -> Figure:
             colours = [_style(name, run)[0] for name in names]
             drawn = panel.barh(names, values, color=colours, xerr=error, ecolor="#888888")
             numbers = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values]
-            panel.bar_label(drawn, labels=numbers, padding=3, fontsize=8)
+            over_the_line = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            panel.bar_label(drawn, labels=numbers, padding=3, fontsize=8, bbox=over_the_line)
             longest = max(map(sum, zip(values, *(error or [])[1:], strict=True)))
             panel.set_xlim(0, 1.2 * longest)
             panel.set_xlabel(word)
