@@ -3,7 +3,7 @@
 Takes what ``pytest --benchmark-json`` writes and what ``bench/results`` keeps. Compared are times
 as multiples of the floor, which was timed in turns with them: a machine that was slower throughout
 changes both. A case is slower where its multiple grew by more than ``--tolerance`` and by more than
-the noise, and its middle 60 % (p20 to p80) lies above that of before.
+the noise, its middle 60 % (p20 to p80) lies above that of before, and its time is no shorter.
 
 The noise is what changed though nothing did: of the rows of other packages, in the same versions,
 nine in ten changed by no more. Each stage has its own where it has enough of them. What changed
@@ -84,7 +84,8 @@ def changes(
         (p20, middle, p80), (new_p20, new_middle, new_p80) = _compared(before, after)
         ratio, allowed = new_middle / middle, max(1 + tolerance, noises[after["stage"]])
         verdict = "same"
-        if ratio > allowed and new_p20 > p80:
+        took_longer = after["median_us"] >= before["median_us"]  # or its floor alone got faster
+        if ratio > allowed and new_p20 > p80 and took_longer:
             verdict = "slower"
         elif ratio < 1 / allowed and new_p80 < p20:
             verdict = "faster"

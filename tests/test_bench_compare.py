@@ -119,6 +119,13 @@ def test_noise_is_what_changed_though_nothing_did(tmp_path):
     assert run(old, other_version).exit_code == 1
 
 
+def test_what_took_less_time_is_not_slower(tmp_path):
+    old = file_of(tmp_path, "old.json", {"a": (19, 20, 21)}, floor=8.0)
+    new = file_of(tmp_path, "new.json", {"a": (18, 18.5, 19)}, floor=4.0)
+    assert run(old, new).exit_code == 0
+    assert run(old, new).output.splitlines()[2].split()[-1] == "same"
+
+
 def test_slower_is_what_is_so_in_every_new_run(tmp_path):
     old = file_of(tmp_path, "old.json", {"a": (9, 10, 11), "b": (9, 10, 11)})
     once = file_of(tmp_path, "once.json", {"a": (19, 20, 21), "b": (19, 20, 21)})
