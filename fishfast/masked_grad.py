@@ -7,7 +7,8 @@ rows into a scratch that stays in the cache, and the masked entries are picked o
 without any are skipped. A `Plan` says which rows form a chunk and where its entries lie: integers
 that are known when the weight is masked, so that the backward waits for no device. On the CPU,
 where few entries are masked, csrc/masked_grad_cpu.cpp computes those k sums and nothing else.
-An embedding's gradient is a sum over the tokens of each row: only rows of the batch are summed.
+An embedding's gradient is a sum over the tokens of each row: only rows of the batch are summed,
+and on a CPU, where sizes need not be known beforehand, only their masked entries.
 
 Every sum has a fixed order: results are the same bits in every run and, on the CPU, for any number
 of threads, as far as torch's own products and convolutions are (cuDNN's are on request).
@@ -23,7 +24,13 @@ from torch import Tensor
 
 from fishfast import _backend
 from fishfast.masked_grad_plan import plan_chunks, quadruples
-from fishfast.masked_grad_products import as_matrix, conv_products, linear_products, sum_tokens
+from fishfast.masked_grad_products import (
+    as_matrix,
+    conv_products,
+    linear_products,
+    sum_entries,
+    sum_tokens,
+)
 
 __all__ = ["is_traced", "masked_grad"]
 
@@ -85,7 +92,8 @@ def _compute(
     if grad.numel() == 0 or x.numel() == 0:
         return out.zero_()
     if kind == "embedding":
-        sum_tokens(grad, x, indices, shape, geometry[0], out)
+        add_up = sum_entries if grad.device.type == "cpu" else sum_tokens
+        add_up(grad, x, indices, shape, geometry[0], out)
         return out
     if not chunks:
         if _sums(kind, grad, x, indices, shape, out):

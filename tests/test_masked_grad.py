@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from masked_grad_cases import (
@@ -20,7 +22,7 @@ from torch import nn
 from train_only_modules import numbers
 
 import fishfast as ff
-from fishfast import masked_grad, masked_grad_plan
+from fishfast import masked_grad, masked_grad_plan, masked_grad_products
 from fishfast.masked_grad_plan import Plan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -87,6 +89,27 @@ def test_gradient_wherever_the_entries_are(name: str, style: str) -> None:
 @pytest.mark.parametrize("name", EMBEDDING)
 def test_gradient_of_an_embedding(name: str, style: str, dtype: torch.dtype, device: str) -> None:
     check(name, style, dtype, device)
+
+
+@pytest.mark.parametrize("style", ["few", "one", "all"])
+@pytest.mark.parametrize("name", EMBEDDING)
+def test_gradient_of_an_embedding_as_on_a_gpu(
+    name: str, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the sums whose shapes do not depend on the tokens; the same bits."""
+    calls = []
+
+    def both(*arguments: Any) -> None:
+        masked_grad_products.sum_tokens(*arguments)
+        other = torch.full_like(arguments[-1], torch.nan)
+        monkeypatch.setattr(masked_grad_products, "_PAIRS", 7)
+        masked_grad_products.sum_entries(*arguments[:-1], other)
+        assert same_bits(arguments[-1], other)
+        calls.append(other)
+
+    monkeypatch.setattr(masked_grad, "sum_entries", both)
+    check(name, style, torch.float32)
+    assert calls or "no tokens" in name
 
 
 @pytest.mark.parametrize("name", ["linear", "linear, many samples", "gpt2"])
