@@ -14,6 +14,7 @@ from topk_cases import BACKENDS, few_values
 
 import fishfast as ff
 from fishfast import _backend
+from fishfast.topk_mask import radix
 
 
 def named(sizes, make, dtype=torch.float32):
@@ -38,6 +39,15 @@ def some_k(n):
     return sorted({min(max(1, k), n) for k in (1, 2, n // 200, n // 3, n - 1, n)})
 
 
+@pytest.fixture(params=[*BACKENDS, "cpu, wide digits", "torch, wide digits"])
+def backend(request, monkeypatch):
+    """What selects; with the digits of many scores, too."""
+    name, _, wide = request.param.partition(", ")
+    if wide:
+        monkeypatch.setattr(radix, "_FEW_SCORES", 0)
+    return name
+
+
 @pytest.fixture
 def threads(monkeypatch):
     """Set torch's number of threads, which all work then; put back afterwards."""
@@ -50,7 +60,6 @@ def threads(monkeypatch):
 # ---- the k largest, ties to the lowest (tensor, index) --------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("make", [VALUES[0], VALUES[1]])
 def test_sizes(sizes, make, backend):
@@ -59,7 +68,6 @@ def test_sizes(sizes, make, backend):
         assert_is_top_k(ff.top_k_mask(scores, k=k, backend=backend), scores, k)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", VALUES)
 def test_values(make, dtype, backend):
@@ -68,14 +76,12 @@ def test_values(make, dtype, backend):
         assert_is_top_k(ff.top_k_mask(scores, k=k, backend=backend), scores, k)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_k_of_a_small_model(backend):
     scores = named([5, 0, 1, 13], VALUES[1].values[0])
     for k in range(1, 20):
         assert_is_top_k(ff.top_k_mask(scores, k=k, backend=backend), scores, k)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_fp16_pattern_is_ordered(backend):
     bits = torch.arange(0x7C01, dtype=torch.int16)[torch.randperm(0x7C01)]  # 0 to +inf
     scores = {"w": bits.view(torch.float16)}
@@ -83,7 +89,6 @@ def test_every_fp16_pattern_is_ordered(backend):
         assert_is_top_k(ff.top_k_mask(scores, k=k, backend=backend), scores, k)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes_are_compared_by_value(backend):
     """0.3 is smaller in bf16 than in fp32, and larger in fp16 than both."""
     scores = {
@@ -95,7 +100,6 @@ def test_dtypes_are_compared_by_value(backend):
         assert_is_top_k(ff.top_k_mask(scores, k=k, backend=backend), scores, k)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "view",
     [

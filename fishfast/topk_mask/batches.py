@@ -109,8 +109,8 @@ class Batches:
         self.device = self._scores[0].device if self._scores else torch.device("cpu")
         self.all_bf16 = all(score.dtype == torch.bfloat16 for score in self._scores)
         self._passes = passes
-        in_place = all(isinstance(s, Tensor) and s.is_contiguous() for s in self._scores)
-        self._held = list(self._read()) if in_place else None
+        self.in_place = all(isinstance(s, Tensor) and s.is_contiguous() for s in self._scores)
+        self._held = list(self._read()) if self.in_place else None
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._held) if self._held is not None else self._read()

@@ -11,11 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fishfast._processes import exchange, gather, message_device, raise_failure
+from fishfast.topk_mask.batches import Batches
 from fishfast.topk_mask.radix import Take
 
 __all__ = ["Ranks"]
 
 _Result = TypeVar("_Result")
+
+# Histograms of at most 11 bits: what is sent must not depend on the number of scores.
+_DIGITS = ((20, 11), (10, 10), (0, 10))
 
 
 class Ranks:
@@ -30,14 +34,15 @@ class Ranks:
         tensors: this process's tensors; messages travel on their device.
     """
 
-    # Histograms of at most 11 bits: what is sent must not depend on the number of scores.
-    digits = ((20, 11), (10, 10), (0, 10))
-
     def __init__(self, process_group: dist.ProcessGroup, tensors: Iterable[Tensor]) -> None:
         self._group = process_group
         self._device = message_device(tensors, process_group)
         self.rank = dist.get_rank(process_group)
         self.replicated: Collection[str] = ()  # names of tensors that every process has whole
+
+    def digits(self, scores: Batches) -> Sequence[tuple[int, int]]:
+        """Return the lowest bit and the number of bits of each digit, the same in all processes."""
+        return _DIGITS
 
     def agree(self, work: Callable[[], tuple[dict[str, Any], _Result]]) -> _Result:
         """Do the work; raise in every process unless all of them describe it alike.
