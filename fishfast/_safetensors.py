@@ -23,6 +23,7 @@ __all__ = [
     "raw_bytes",
     "read_checked",
     "refuse_damaged",
+    "said_format",
     "write_atomically",
 ]
 
@@ -158,14 +159,24 @@ def check_format(path: PathLike, metadata: Mapping[str, str], kind: str, version
         ValueError: it is not.
     """
     if metadata.get("format") != kind:
-        raise ValueError(
-            f"{os.fspath(path)!r} must be a {kind} file; its format is {metadata.get('format')!r}"
-        )
+        raise ValueError(f"{os.fspath(path)!r} must be a {kind} file; {said_format(metadata)}")
     if metadata.get("format_version") != str(version):
         raise ValueError(
             f"{os.fspath(path)!r} has format_version {metadata.get('format_version')!r}; "
             f"this fishfast reads version {version}; upgrade fishfast or save it again"
         )
+
+
+def said_format(metadata: Mapping[str, str]) -> str:
+    """Return what a file says that it is, for a message.
+
+    Args:
+        metadata: its metadata.
+    """
+    found = metadata.get("format")
+    return (
+        "it is like a model's checkpoint" if found in (None, "pt") else f"its format is {found!r}"
+    )
 
 
 def refuse_damaged(path: PathLike, metadata: Mapping[str, str], found: str) -> None:

@@ -236,5 +236,6 @@ def _refuse_other(what: str, expected: str, got: str) -> None:
         raise ValueError(
             f"the delta was trained from another base model: its {what} differ (base "
             f"{expected[:12]}, this model {got[:12]}); load the base that it was trained "
-            "from, revert what was put on it, or pass check_base=False"
+            "from, revert what was put on it, or go without the check (check_base=False, "
+            "--no-check-base)"
         )

@@ -12,6 +12,7 @@ import torch
 
 from fishfast._files import PathLike
 from fishfast._names import natural
+from fishfast._safetensors import said_format
 from fishfast.delta import Delta, load_delta
 from fishfast.fisher.score_files import describe_scores
 from fishfast.mask import SparseMask
@@ -90,16 +91,16 @@ def inspect_file(path: PathLike) -> Inspection:
         >>> found.kind, found.layers[0].num_selected
         ('mask', 2)
     """
-    kind = open_tensors(path)[1].get("format")
+    metadata = open_tensors(path)[1]
     readers = {
         "fishfast.mask": _of_mask,
         "fishfast.delta": _of_delta,
         "fishfast.fisher": _of_scores,
     }
-    if kind not in readers:
+    if (kind := metadata.get("format")) not in readers:
         raise ValueError(
-            f"{os.fspath(path)!r} must be a mask, a delta or scores that fishfast saved; its "
-            f"format is {kind!r}"
+            f"{os.fspath(path)!r} must be a mask, a delta or scores that fishfast saved; "
+            f"{said_format(metadata)}"
         )
     return readers[kind](path)
 

@@ -149,9 +149,12 @@ def _task(model: nn.Module) -> str:
 def _label_column(rows: Rows, given: str | None) -> str:
     name = given or next((n for n in ("label", "labels") if n in rows.columns), None)
     if name not in rows.columns:
-        rule = "be" if given else "be given unless one is called label or labels:"
+        columns = ", ".join(map(repr, rows.columns))
+        if given:
+            raise ValueError(f"label_column must be one of {columns}; got {name!r}")
         raise ValueError(
-            f"label_column must {rule} one of {', '.join(map(repr, rows.columns))}; got {name!r}"
+            "label_column must be given where no column is called label or labels; the dataset "
+            f"has {columns}"
         )
     return str(name)
 

@@ -183,7 +183,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "is not a whole safetensors file"),
     "foreign": (
         foreign,
-        "must be a mask, a delta or scores that fishfast saved; its format is 'pt'",
+        "must be a mask, a delta or scores that fishfast saved; it is like a model's checkpoint",
     ),
     "of the future": (edit_metadata(format_version="9"), "has format_version '9'; this fishfast"),
     "gone": (Path.unlink, "No such file or directory: '"),

@@ -129,7 +129,7 @@ def test_files_with_floating_indices_are_refused(tmp_path):
     ("entry", "value", "text"),
     [
         ("format", "fishfast.delta", "a fishfast.mask file; its format is 'fishfast.delta'"),
-        ("format", None, "must be a fishfast.mask file; its format is None"),
+        ("format", None, "must be a fishfast.mask file; it is like a model's checkpoint"),
         ("format_version", "2", "has format_version '2'; this fishfast reads version 1"),
         ("format_version", "one", "has format_version 'one'"),
         ("format_version", None, "has format_version None"),
