@@ -28,6 +28,7 @@ from fisher_kernel_cases import (
 from fisher_reference import WrongScores
 from harness import compare, devices, peak_bytes, short_set, skip, why
 from shapes import CONV_LAYERS, LINEAR_LAYERS, size_set
+from torch import Tensor
 
 # fp32: sums of some thousand products in another order. bf16: a baseline rounds each per-sample
 # gradient to bf16, 2**-9, before it is squared.
@@ -165,6 +166,8 @@ def check(
 ) -> float:
     """Refuse what differs from float64, does not add to what is there, or is an earlier result.
 
+    The floor too: no ratio to a wrong one.
+
     Args:
         contender: its name.
         case: the operands.
@@ -178,23 +181,33 @@ def check(
     Raises:
         WrongScores: the error is above the tolerance.
     """
-    exact, errors = case.exact().view(case.shape), []
+    squares, gradient = case.exact()
+    errors = []
     for scale in (1, 2):
         case.grad.mul_(scale)  # in place: what was kept of the first call is not to be timed
-        right = scale**2 * exact
+        right = scale**2 * squares
         before = float(right.mean())
         score = torch.full(case.shape, before, device=device)
         try:
             add(score)
+            floor = case.floor()
         finally:
             case.grad.div_(scale)
-        errors.append(float((score.double() - before - right).norm() / right.norm()))
-        if not errors[-1] <= tolerance:  # NaN too
-            raise WrongScores(
-                f"{contender} is wrong on {case.title}: relative error {errors[-1]:.2e}, allowed "
-                f"{tolerance:.2e}; no figure"
-            )
+        errors.append(_error(score.double() - before, right))
+        for name, error in (
+            (contender, errors[-1]),
+            ("the floor", _error(floor, scale * gradient)),
+        ):
+            if not error <= tolerance:  # NaN too
+                raise WrongScores(
+                    f"{name} is wrong on {case.title}: relative error {error:.2e}, allowed "
+                    f"{tolerance:.2e}; no figure"
+                )
     return errors[0]
+
+
+def _error(found: Tensor, right: Tensor) -> float:
+    return float((found - right).norm() / right.norm())
 
 
 def _compile(contender: str, case: KernelCase, add: Add, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,10 @@ class KernelCase:
         title: the operands' sizes.
         shape: of the scores.
         grad: the gradient of the outputs, that floor, contenders and ``exact`` read.
-        floor: computes the weight gradient alone.
+        floor: returns the weight gradient, and computes nothing else.
         contenders: name -> a function that adds the squares to fp32 scores in place, or why there
             is none.
-        exact: the sum of squares in float64, by a loop over samples.
+        exact: over samples in float64, the sum of squared gradients and that of gradients.
         flops: of the floor; 0 where bytes count.
         num_bytes: what must be moved at the least: operands read, scores read and written.
         sizes: batch, and length of a sequence.
@@ -49,9 +49,9 @@ class KernelCase:
     title: str
     shape: tuple[int, ...]
     grad: Tensor
-    floor: Callable[[], Any]
+    floor: Callable[[], Tensor]
     contenders: dict[str, Add | str]
-    exact: Callable[[], Tensor]
+    exact: Callable[[], tuple[Tensor, Tensor]]
     flops: int
     num_bytes: int
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -145,13 +145,12 @@ def linear(
             (1, outputs, inputs), dtype, device,
         )  # fmt: skip
 
-    def exact() -> Tensor:
+    def exact() -> tuple[Tensor, Tensor]:
         if per_row:  # a loop over thousands of outer products takes minutes
-            return rows["grad"].double().square().T @ rows["x"].double().square()
-        total = torch.zeros(outputs, inputs, dtype=torch.float64, device=device)
-        for g, a in zip(grad.double(), x.double(), strict=True):
-            total += (g.T @ a).square()
-        return total
+            g, a = rows["grad"].double(), rows["x"].double()
+            return g.square().T @ a.square(), g.T @ a
+        pairs = zip(grad.double(), x.double(), strict=True)
+        return _summed((outputs, inputs), device, (g.T @ a for g, a in pairs))
 
     return KernelCase(
         title=f"linear {outputs}x{inputs} T={length} B={batch}{' padded' if padded else ''}",
@@ -181,7 +180,7 @@ def conv(
     grad = torch.randn_like(F.conv2d(x, weight, groups=groups, **options))
     columns, positions = weight[0].numel(), grad.shape[2] * grad.shape[3]
 
-    def floor() -> Any:
+    def floor() -> Tensor:
         return torch.ops.aten.convolution_backward(
             grad, x, weight, None, options["stride"], options["padding"], options["dilation"],
             False, [0, 0], groups, [False, True, False],
@@ -190,11 +189,10 @@ def conv(
     def add(score: Tensor) -> None:
         accumulate.add_conv(score, grad, x, **options, groups=groups, power=2)
 
-    def exact() -> Tensor:
-        total = torch.zeros(weight.shape, dtype=torch.float64, device=device)
-        for g, a in zip(grad.double().split(1), x.double().split(1), strict=True):
-            total += conv2d_weight(a, weight.shape, g, groups=groups, **options).square()
-        return total
+    def exact() -> tuple[Tensor, Tensor]:
+        pairs = zip(grad.double().split(1), x.double().split(1), strict=True)
+        gradients = (conv2d_weight(a, weight.shape, g, groups=groups, **options) for g, a in pairs)
+        return _summed(weight.shape, device, gradients)
 
     def unfolded(chunk: slice) -> Tensor:
         return F.unfold(x[chunk], kernel, 1, padding, stride).unflatten(1, (groups, -1)).mT
@@ -235,12 +233,10 @@ def embedding(
         sums = torch.zeros(len(pairs), width, device=device).index_add_(0, place, grad.float())
         score.index_add_(0, pairs // batch, sums.square_())
 
-    def exact() -> Tensor:
-        total = torch.zeros(tokens, width, dtype=torch.float64, device=device)
-        for b in range(batch):
-            own = slice(b * length, (b + 1) * length)
-            total += torch.zeros_like(total).index_add_(0, ids[own], grad[own].double()).square_()
-        return total
+    def exact() -> tuple[Tensor, Tensor]:
+        per_sample = zip(ids.split(length), grad.double().split(length), strict=True)
+        zeros = torch.zeros(tokens, width, dtype=torch.float64, device=device)
+        return _summed(zeros.shape, device, (zeros.index_add(0, *own) for own in per_sample))
 
     return KernelCase(
         title=f"embedding {tokens}x{width} T={length} B={batch}",
@@ -271,28 +267,46 @@ def layer_norm(
         accumulate.add_sum(score[0], grad, x, mean, rstd, power=2)
         accumulate.add_sum(score[1], grad, None, None, None, power=2)
 
+    def floor() -> Tensor:
+        _, *found = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [width], mean, rstd, weight, bias, [False, True, True]
+        )
+        return torch.stack(found)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        per_sample = _per_sample(*(t.double() for t in (grad, x, mean, rstd)))
+        return per_sample.square().sum(1), per_sample.sum(1)
+
     return KernelCase(
         title=f"layer norm {width} T={length} B={batch}",
         shape=(2, width),
         grad=grad,
-        floor=lambda: torch.ops.aten.native_layer_norm_backward(
-            grad, x, [width], mean, rstd, weight, bias, [False, True, True]
-        ),
+        floor=floor,
         contenders={
             "fishfast": add,
             "torch ops": lambda score: _add_sums(score, grad, x, mean, rstd),
             "torch ops, compiled": lambda score: _compiled(_add_sums)(score, grad, x, mean, rstd),
         },
-        exact=functools.cache(lambda: _sums(*(t.double() for t in (grad, x, mean, rstd)))),
+        exact=functools.cache(exact),
         flops=0,
         num_bytes=grad.nbytes + x.nbytes + 16 * width,
     )
 
 
-def _sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    per_sample = torch.stack([(grad * ((x - mean) * rstd)).sum(1), grad.sum(1)])
-    return per_sample.square().sum(1)
+def _per_sample(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return torch.stack([(grad * ((x - mean) * rstd)).sum(1), grad.sum(1)])
 
 
 def _add_sums(score: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    score += _sums(grad.float(), x.float(), mean, rstd)
+    score += _per_sample(grad.float(), x.float(), mean, rstd).square().sum(1)
+
+
+def _summed(
+    shape: Sequence[int], device: torch.device, gradients: Iterable[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of the samples' squared gradients, and of the gradients, in float64."""
+    squares, total = torch.zeros(2, *shape, dtype=torch.float64, device=device)
+    for gradient in gradients:
+        squares += gradient.square()
+        total += gradient
+    return squares, total

@@ -59,6 +59,20 @@ def workload(bench: Any) -> Any:
     return dataclasses.replace(bench("fisher_models").load("convnet", _CPU))
 
 
+def test_the_floor_runs_every_batch(bench: Any, workload: Any) -> None:
+    seen = []
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        seen.append(batch)
+        return workload.loss_fn(model, batch)
+
+    counted = dataclasses.replace(workload, loss_fn=loss_fn)
+    found = bench("fisher_baselines").forward_backward(counted)()
+    assert len(workload.batches) > 1
+    assert all(a is b for a, b in zip(seen, workload.batches, strict=True))
+    assert set(found) == {name for name, _ in workload.model.named_parameters()}
+
+
 def _square_of_the_batch(workload: Any) -> dict[str, Tensor]:
     """The commonest mistake."""
     scores = {name: torch.zeros_like(p) for name, p in workload.model.named_parameters()}

@@ -35,6 +35,11 @@ def _kept_squares(grad: Tensor, x: Tensor, score: Tensor) -> None:
     score += _KEPT.setdefault(grad.data_ptr(), (grad.mT @ x).square().sum(0))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> None:
+    _KEPT.clear()  # memory is used again, at the same address
+
+
 _KEPT: dict[int, Tensor] = {}
 
 
@@ -45,11 +50,8 @@ def _right_squares(grad: Tensor, x: Tensor, score: Tensor) -> None:
 @pytest.mark.parametrize("add", [_token_squares, _overwrites, _kept_squares, _right_squares])
 def test_a_wrong_kernel_gets_no_figure(bench: Any, add: Any) -> None:
     grad, x = torch.randn(3, 5, 4), torch.randn(3, 5, 6)
-    exact, before = (grad.double().mT @ x.double()).square().sum(0), grad.clone()
-    case = bench("fisher_kernel_cases").KernelCase(
-        title="linear 4x6", shape=(4, 6), grad=grad, floor=lambda: None, contenders={}, flops=0,
-        num_bytes=0, exact=lambda: exact,
-    )  # fmt: skip
+    before = grad.clone()
+    case = _case(bench, grad, x, floor=lambda: (grad.mT @ x).sum(0))
     check, wrong = bench("bench_fisher_kernel").check, bench("fisher_reference").WrongScores
     arguments = ("planted", case, lambda score: add(grad, x, score), 1e-4, _CPU)
     if add is _right_squares:
@@ -58,6 +60,32 @@ def test_a_wrong_kernel_gets_no_figure(bench: Any, add: Any) -> None:
         with pytest.raises(wrong, match=r"planted is wrong on linear 4x6: .* no figure"):
             check(*arguments)
     assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize(
+    "floor",
+    [
+        lambda grad, x: grad[-1].T @ x[-1],
+        lambda grad, x: (grad.mT @ x).square().sum(0),
+        lambda grad, x: _KEPT.setdefault(grad.data_ptr(), (grad.mT @ x).sum(0)),
+    ],
+    ids=["last sample", "squares", "kept"],
+)
+def test_no_figure_against_a_wrong_floor(bench: Any, floor: Any) -> None:
+    grad, x = torch.randn(3, 5, 4), torch.randn(3, 5, 6)
+    case = _case(bench, grad, x, floor=lambda: floor(grad, x))
+    with pytest.raises(bench("fisher_reference").WrongScores, match="the floor is wrong on linear"):
+        bench("bench_fisher_kernel").check(
+            "right", case, lambda score: _right_squares(grad, x, score), 1e-4, _CPU
+        )
+
+
+def _case(bench: Any, grad: Tensor, x: Tensor, floor: Any) -> Any:
+    per_sample = grad.double().mT @ x.double()
+    return bench("fisher_kernel_cases").KernelCase(
+        title="linear 4x6", shape=(4, 6), grad=grad, floor=floor, contenders={}, flops=0,
+        num_bytes=0, exact=lambda: (per_sample.square().sum(0), per_sample.sum(0)),
+    )  # fmt: skip
 
 
 def test_a_wrong_primitive_is_not_printed(
