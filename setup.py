@@ -44,6 +44,22 @@ def find_nvcc() -> str | None:
     return next((path for path in candidates if path and shutil.which(path)), None)
 
 
+def configure_build(
+    cmake: str, build: Path, options: list[str], environment: dict[str, str]
+) -> None:
+    """Run CMake's first step; once more from nothing where the last build's cache is in the way.
+
+    pip builds in an environment of its own, which is gone when it installs from the same checkout
+    again: the cache still names the ninja that was in it. So it is when a checkout has been moved.
+    """
+    again = (build / "CMakeCache.txt").exists()
+    command = [cmake, "-B", str(build), *options]
+    done = subprocess.run(command, check=not again, env=environment)
+    if done.returncode != 0:
+        print("fishfast: once more, without the last build's cache", file=sys.stderr, flush=True)
+        subprocess.run([*command, "--fresh"], check=True, env=environment)
+
+
 class CMakeBuild(build_ext):
     """Runs CMake for the one extension that CMakeLists.txt describes."""
 
@@ -75,7 +91,7 @@ class CMakeBuild(build_ext):
         if cuda != "off" and (nvcc := find_nvcc()):
             environment["CUDACXX"] = nvcc
         configure = [
-            "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "-S", str(ROOT), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -87,7 +103,7 @@ class CMakeBuild(build_ext):
         cmake = shutil.which("cmake", path=environment["PATH"])
         if cmake is None:
             sys.exit("fishfast: cmake was not found; pip install cmake ninja pybind11")
-        subprocess.run([cmake, *configure], check=True, env=environment)
+        configure_build(cmake, build, configure, environment)
         subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
 
 
