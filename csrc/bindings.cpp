@@ -96,6 +96,26 @@ void masked_cpu(uintptr_t out, uintptr_t left, uintptr_t right, uintptr_t indice
   masked_grad_cpu(call, num_threads);
 }
 
+void masked_tokens_cpu(uintptr_t out, uintptr_t grad, uintptr_t tokens, uintptr_t indices,
+                       const std::array<int64_t, 4>& sizes, int64_t stride, int64_t padding,
+                       int storage, bool wide_indices, int num_threads) {
+  for (uintptr_t address : {out, grad, tokens, indices}) require_address(address, "an argument");
+  const MaskedTokenGrad call = {pointer<float>(out),
+                                pointer<const void>(grad),
+                                pointer<const int64_t>(tokens),
+                                pointer<const void>(indices),
+                                sizes[0],
+                                sizes[1],
+                                sizes[2],
+                                sizes[3],
+                                stride,
+                                padding,
+                                static_cast<Storage>(storage),
+                                wide_indices};
+  py::gil_scoped_release release;
+  masked_grad_tokens_cpu(call, num_threads);
+}
+
 TopkPasses topk_passes(const std::vector<std::tuple<uintptr_t, int64_t, int>>& tensors,
                        int num_threads) {
   std::vector<ScoreTensor> scores;
@@ -246,6 +266,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_grad_cpu", &masked_cpu, py::arg("out"), py::arg("left"), py::arg("right"),
         py::arg("indices"), py::arg("sizes"), py::arg("strides"), py::arg("storage"),
         py::arg("wide_indices"), py::arg("num_threads"));
+  m.def("masked_grad_tokens_cpu", &masked_tokens_cpu, py::arg("out"), py::arg("grad"),
+        py::arg("tokens"), py::arg("indices"), py::arg("sizes"), py::arg("stride"),
+        py::arg("padding"), py::arg("storage"), py::arg("wide_indices"), py::arg("num_threads"));
   m.def("sparse_adam_cpu", &adam_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
   m.attr("SPARSE_SGD_ROW_BYTES") = sizeof(SparseSgdRow);
   m.attr("SPARSE_SGD_PLAN_BYTES") = sizeof(SgdPlan);

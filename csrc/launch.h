@@ -163,6 +163,21 @@ struct MaskedGrad {
 // out[e] = sum_t left[t, row_e] * right[t, column_e]
 void masked_grad_cpu(const MaskedGrad& call, int num_threads);
 
+struct MaskedTokenGrad {
+  float* out;             // [k] zeros
+  const void* grad;       // [num_tokens, num_columns], tokens grad_stride apart
+  const int64_t* tokens;  // [num_tokens] rows of the weight
+  const void* indices;    // [k] int32 or int64, ascending: row * num_columns + column
+  int64_t k, num_tokens, num_rows, num_columns;
+  int64_t grad_stride;
+  int64_t padding;       // the row whose gradient is zero, or -1
+  Storage storage;       // of grad
+  int32_t wide_indices;  // 1 if indices are int64
+};
+
+// out[e] = sum over the tokens t of row_e of grad[t, column_e]
+void masked_grad_tokens_cpu(const MaskedTokenGrad& call, int num_threads);
+
 // ---- topk_mask --------------------------------------------------------------------------------
 
 struct ScoreTensor {

@@ -27,16 +27,6 @@ constexpr int64_t kEntriesPerTask = 512;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-FF_HOST_DEVICE float value_of(float value) { return value; }
-FF_HOST_DEVICE float value_of(BFloat16 value) { return float_of(uint32_t(value.bits) << 16); }
-FF_HOST_DEVICE float value_of(Float16 value) { return fp16_to_float(value.bits); }
-
 // 8 values that follow one another.
 template <class T>
 FF_HOST_DEVICE void load(const T* values, Vector& out) {

@@ -65,6 +65,17 @@ FF_HOST_DEVICE uint16_t float_to_fp16(float value) {
   return uint16_t(sign | (kept + (up ? 1u : 0u)));
 }
 
+// 16-bit numbers as elements of an array.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+FF_HOST_DEVICE float value_of(float value) { return value; }
+FF_HOST_DEVICE float value_of(BFloat16 value) { return float_of(uint32_t(value.bits) << 16); }
+FF_HOST_DEVICE float value_of(Float16 value) { return fp16_to_float(value.bits); }
+
 FF_HOST_DEVICE void store_rounded(void* data, int64_t index, Storage storage, float value) {
   if (storage == Storage::kFloat32) {
     static_cast<float*>(data)[index] = value;

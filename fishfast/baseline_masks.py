@@ -167,13 +167,14 @@ def _sample_without_replacement(n: int, k: int, rng: np.random.Generator) -> np.
         out = np.ones(n, dtype=bool)
         out[_sample_without_replacement(n, n - k, rng)] = False
         return np.flatnonzero(out)
-    chosen, drawn = np.empty(0, dtype=np.int64), np.zeros(n if k > n // 16 else 0, dtype=bool)
+    chosen = np.empty(0, dtype=np.int64)
+    drawn = np.zeros(n, dtype=bool) if k > n // 16 else None  # spares sorting many again and again
     while len(chosen) < k:
         fresh = rng.integers(0, n, size=int(1.1 * (k - len(chosen))) + 16, dtype=np.int64)
-        if len(drawn):  # many would be sorted many times, which takes minutes
+        if drawn is not None:
             drawn[fresh] = True
             chosen = np.flatnonzero(drawn)
-        else:  # np.union1d takes a microsecond for each
+        else:
             chosen = np.sort(np.concatenate([chosen, fresh]))
             chosen = chosen[np.diff(chosen, prepend=-1) > 0]
     surplus = rng.choice(len(chosen), size=len(chosen) - k, replace=False)

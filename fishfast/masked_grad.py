@@ -7,8 +7,8 @@ rows into a scratch that stays in the cache, and the masked entries are picked o
 without any are skipped. A `Plan` says which rows form a chunk and where its entries lie: integers
 that are known when the weight is masked, so that the backward waits for no device. On the CPU,
 where few entries are masked, csrc/masked_grad_cpu.cpp computes those k sums and nothing else.
-An embedding's gradient is a sum over the tokens of each row: only rows of the batch are summed,
-and on a CPU, where sizes need not be known beforehand, only their masked entries.
+An embedding's gradient is a sum over the tokens of each row: only rows of the batch are summed, and
+by csrc/masked_grad_tokens_cpu.cpp only their masked entries.
 
 Every sum has a fixed order: results are the same bits in every run and, on the CPU, for any number
 of threads, as far as torch's own products and convolutions are (cuDNN's are on request).
@@ -24,17 +24,12 @@ from torch import Tensor
 
 from fishfast import _backend
 from fishfast.masked_grad_plan import plan_chunks, quadruples
-from fishfast.masked_grad_products import (
-    as_matrix,
-    conv_products,
-    linear_products,
-    sum_entries,
-    sum_tokens,
-)
+from fishfast.masked_grad_products import as_matrix, conv_products, linear_products, sum_tokens
 
 __all__ = ["is_traced", "masked_grad"]
 
 _TIME = 0.05  # nanoseconds for a product
+_TOKEN_TIME = 1.0  # nanoseconds for an entry of a token's row
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/storage.h
 
 
@@ -89,11 +84,11 @@ def _compute(
     geometry: Sequence[int],
 ) -> Tensor:
     out = torch.empty(indices.shape, dtype=torch.float32, device=grad.device)
-    if grad.numel() == 0 or x.numel() == 0:
+    if 0 in (grad.numel(), x.numel(), out.numel()):
         return out.zero_()
     if kind == "embedding":
-        add_up = sum_entries if grad.device.type == "cpu" else sum_tokens
-        add_up(grad, x, indices, shape, geometry[0], out)
+        if not _sums_of_tokens(grad, x, indices, shape, geometry[0], out):
+            sum_tokens(grad, x, indices, shape, geometry[0], out)
         return out
     if not chunks:
         if _sums(kind, grad, x, indices, shape, out):
@@ -146,26 +141,51 @@ def _(
     return torch.stack([_operation(kind, g, a, indices, *plan) for g, a in samples]), 0
 
 
+def _is_compiled_for(grad: Tensor) -> bool:
+    if grad.device.type != "cpu" or grad.dtype not in _STORAGE:
+        return False
+    return _backend.choose("masked_grad", grad.device) == "cpu"
+
+
+def _rows_together(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def _sums(
     kind: str, grad: Tensor, x: Tensor, indices: Tensor, shape: Sequence[int], out: Tensor
 ) -> bool:
     """Fill ``out`` by the compiled kernel; return whether it could."""
-    storage = _STORAGE.get(grad.dtype)
-    if storage is None or grad.device.type != "cpu" or x.dtype != grad.dtype:
+    if not _is_compiled_for(grad) or x.dtype != grad.dtype or len(shape) != 2:
         return False
-    if len(shape) != 2 or _backend.choose("masked_grad", grad.device) != "cpu":
-        return False
-    left, right = (
-        t if t.stride(1) == 1 else t.contiguous() for t in (as_matrix(grad), as_matrix(x))
-    )
+    left, right = (_rows_together(as_matrix(t)) for t in (grad, x))
     if kind == "transposed linear":
         left, right = right, left
     _backend.compiled().masked_grad_cpu(
         *(t.data_ptr() for t in (out, left, right, indices)),
         sizes=(len(indices), len(left), *shape),
         strides=(left.stride(0), right.stride(0)),
-        storage=storage,
+        storage=_STORAGE[grad.dtype],
         wide_indices=indices.dtype == torch.int64,
         num_threads=_backend.num_threads(len(indices) * len(left) * _TIME),
+    )
+    return True
+
+
+def _sums_of_tokens(
+    grad: Tensor, tokens: Tensor, indices: Tensor, shape: Sequence[int], padding: int, out: Tensor
+) -> bool:
+    """Do the same for an embedding; the bits are those of `sum_tokens`."""
+    if not _is_compiled_for(grad):
+        return False
+    rows, tokens = _rows_together(as_matrix(grad)), tokens.reshape(-1).long().contiguous()
+    entries = len(tokens) * len(indices) / shape[0]  # of all tokens' rows, if rows have as many
+    _backend.compiled().masked_grad_tokens_cpu(
+        *(t.data_ptr() for t in (out.zero_(), rows, tokens, indices)),
+        sizes=(len(indices), len(tokens), *shape),
+        stride=rows.stride(0),
+        padding=padding,
+        storage=_STORAGE[grad.dtype],
+        wide_indices=indices.dtype == torch.int64,
+        num_threads=_backend.num_threads(entries * _TOKEN_TIME),
     )
     return True

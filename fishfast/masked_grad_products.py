@@ -10,16 +10,7 @@ from torch import Tensor
 
 from fishfast.masked_grad_plan import quadruples
 
-__all__ = [
-    "as_matrix",
-    "conv_products",
-    "input_grad",
-    "linear_products",
-    "sum_entries",
-    "sum_tokens",
-]
-
-_PAIRS = 2**18  # of a token and an entry of its row, taken together; some 40 bytes each
+__all__ = ["as_matrix", "conv_products", "input_grad", "linear_products", "sum_tokens"]
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -131,31 +122,6 @@ def sum_tokens(
     padded = out.new_zeros(len(out) + 1)  # what is not masked falls off behind the end
     padded[torch.where(masked, entry, len(out))] = sums.flatten()
     out.copy_(padded[:-1])
-
-
-def sum_entries(
-    grad: Tensor, tokens: Tensor, indices: Tensor, shape: Sequence[int], padding: int, out: Tensor
-) -> None:
-    """Add every token to the entries of its row, in the order of their positions.
-
-    The same bits as `sum_tokens`, and nothing is computed that is not an entry's; how many there
-    are must be known, which nobody waits for on a CPU.
-    """
-    grads, tokens = as_matrix(grad), tokens.flatten().long()
-    row_starts = tokens * shape[1]
-    row_ends = row_starts + (shape[1] - 1)  # inclusive: fits into the indices' dtype
-    first = torch.searchsorted(indices, row_starts.to(indices.dtype))
-    last = torch.searchsorted(indices, row_ends.to(indices.dtype), right=True)
-    num_entries = torch.where(tokens == padding, 0, last - first)
-    out.zero_()
-    num_parts = max(1, -(-int(num_entries.sum()) // _PAIRS))
-    for positions in torch.arange(len(tokens)).tensor_split(num_parts):
-        count = num_entries[positions]
-        before = count.cumsum(0) - count
-        position = positions.repeat_interleave(count)
-        entry = (first[positions] - before).repeat_interleave(count) + torch.arange(len(position))
-        column = indices[entry] - row_starts[position]
-        out.index_add_(0, entry, grads[position, column].float())
 
 
 def input_grad(

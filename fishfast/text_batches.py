@@ -153,8 +153,8 @@ def _label_column(rows: Rows, given: str | None) -> str:
         if given:
             raise ValueError(f"label_column must be one of {columns}; got {name!r}")
         raise ValueError(
-            "label_column must be given where no column is called label or labels; the dataset "
-            f"has {columns}"
+            "label_column (--label-column) must be given where no column is called label or "
+            f"labels; the dataset has {columns}"
         )
     return str(name)
 

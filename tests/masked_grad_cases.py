@@ -85,6 +85,8 @@ CONV: dict[str, Case] = {
 }  # fmt: skip
 EMBEDDING: dict[str, Case] = {
     "embedding": (lambda: nn.Embedding(23, 11), TOKENS),
+    "embedding, wide": (lambda: nn.Embedding(23, 300), TOKENS),
+    "embedding, every second": (lambda: nn.Embedding(23, 11), TOKENS.flatten()[::2]),
     "embedding, int32": (lambda: nn.Embedding(23, 11), TOKENS.int()),
     "embedding, one token": (lambda: nn.Embedding(23, 11), TOKENS[0, 0]),
     "embedding, one row": (lambda: nn.Embedding(23, 11), torch.full((3, 50), 4)),

@@ -298,6 +298,7 @@ def test_missing_models_data_and_packages(
     (tmp_path / "data.xyz").write_text("")
     (tmp_path / "broken.jsonl").write_text("{")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "unlabelled.jsonl").write_text('{"text": "a"}')
     (tmp_path / "empty.csv").write_text("text,label\n")
     datasets.Dataset.from_dict({"text": [], "label": []}).save_to_disk(tmp_path / "empty rows")
     shutil.copytree(folder / "rows", tmp_path / "cut rows")
@@ -310,6 +311,7 @@ def test_missing_models_data_and_packages(
         ("bert", tmp_path / "data.xyz", "a file .jsonl, .json, .csv, .parquet, .txt; got"),
         ("bert", tmp_path / "broken.jsonl", "must be a .jsonl file with rows in it; '"),
         ("bert", tmp_path / "empty.jsonl", "data must have at least one row; '"),
+        ("bert", tmp_path / "unlabelled.jsonl", "called label or labels; the dataset has 'text'"),
         ("bert", tmp_path / "empty.csv", "must be a .csv file with rows in it; '"),
         ("bert", tmp_path / "empty rows", "as save_to_disk writes it, with rows in it; '"),
         ("bert", tmp_path / "cut rows", "as save_to_disk writes it, with rows in it; '"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from masked_grad_cases import (
@@ -22,7 +20,7 @@ from torch import nn
 from train_only_modules import numbers
 
 import fishfast as ff
-from fishfast import masked_grad, masked_grad_plan, masked_grad_products
+from fishfast import masked_grad, masked_grad_plan
 from fishfast.masked_grad_plan import Plan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -93,26 +91,30 @@ def test_gradient_of_an_embedding(name: str, style: str, dtype: torch.dtype, dev
 
 @pytest.mark.parametrize("style", ["few", "one", "all"])
 @pytest.mark.parametrize("name", EMBEDDING)
-def test_gradient_of_an_embedding_as_on_a_gpu(
+def test_gradient_of_an_embedding_by_torch(
     name: str, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the sums whose shapes do not depend on the tokens; the same bits."""
-    calls = []
+    """The sums that run on a GPU, and the same bits as those of the compiled kernel."""
+    with monkeypatch.context() as without_kernel:
+        without_kernel.setattr(masked_grad, "_is_compiled_for", lambda grad: False)
+        check(name, style, torch.float32)
+    make, x = CASES[name]
+    found = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        layer = make()
+        tuned = tuned_layer(layer, style)
+        if not compiled:
+            monkeypatch.setattr(masked_grad, "_is_compiled_for", lambda grad: False)
+        out = layer(x)
+        out.backward(cotangent(out))
+        found.append(next(tuned.parameters()).grad)
+    assert same_bits(*found)
 
-    def both(*arguments: Any) -> None:
-        masked_grad_products.sum_tokens(*arguments)
-        other = torch.full_like(arguments[-1], torch.nan)
-        monkeypatch.setattr(masked_grad_products, "_PAIRS", 7)
-        masked_grad_products.sum_entries(*arguments[:-1], other)
-        assert same_bits(arguments[-1], other)
-        calls.append(other)
 
-    monkeypatch.setattr(masked_grad, "sum_entries", both)
-    check(name, style, torch.float32)
-    assert calls or "no tokens" in name
-
-
-@pytest.mark.parametrize("name", ["linear", "linear, many samples", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear, many samples", "gpt2", "embedding", "embedding, wide"]
+)
 def test_number_of_threads_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, x = CASES[name]
     layer = make()
@@ -137,6 +139,16 @@ def test_int32_tokens_of_a_large_vocabulary() -> None:
         "embedding", grad, tokens, wanted, None, None, None, [], shape, [-1]
     )
     assert same_bits(found, torch.cat([grad[0], torch.zeros(4096)]))
+
+
+@pytest.mark.parametrize("token", [-1, 3, 2**40])
+def test_a_token_that_is_not_in_the_weight_is_refused(token: int) -> None:
+    """The layer's forward refuses it first; here nothing may be read from behind the weight."""
+    if ff.build_info()["operations"]["masked_grad"]["cpu"] != "cpu":
+        pytest.skip("the extension is not compiled")
+    arguments = (numbers(2, 4), torch.tensor([0, token]), torch.arange(12))
+    with pytest.raises(IndexError, match="a token is not in the weight"):
+        masked_grad.masked_grad("embedding", *arguments, None, None, None, [], (3, 4), [-1])
 
 
 def test_sums_over_many_entries_rows_and_blocks() -> None:

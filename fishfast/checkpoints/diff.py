@@ -113,7 +113,7 @@ def diff_checkpoints(
                 raise ValueError(
                     f"the delta must be smaller than {source}, which has "
                     f"{after.nbytes:,} bytes; it has more already at {name!r}: keep the checkpoint "
-                    "itself, or pass allow_large=True"
+                    "itself, or allow it (allow_large=True, --allow-large)"
                 )
     mask = SparseMask(indices, {name: tuple(before[name].shape) for name in indices})
     layout = {name: (tuple(t.shape), str(t.dtype)) for name, t in before.items()}
