@@ -75,10 +75,9 @@ class TokenSums {
       }
       if (first == last) continue;
       const T* grad = static_cast<const T*>(call_.grad) + t * call_.grad_stride;
-      const int64_t column = indices_[first] - row_start;
-      if (indices_[last - 1] - row_start - column ==
-          last - 1 - first) {  // none between is left out
-        add_run(grad + column, last - first, call_.out + first);
+      const bool none_left_out = indices_[last - 1] - indices_[first] == last - 1 - first;
+      if (none_left_out) {
+        add_run(grad + (indices_[first] - row_start), last - first, call_.out + first);
         continue;
       }
       for (int64_t e = first; e < last; ++e)

@@ -174,9 +174,9 @@ def said_format(metadata: Mapping[str, str]) -> str:
         metadata: its metadata.
     """
     found = metadata.get("format")
-    return (
-        "it is like a model's checkpoint" if found in (None, "pt") else f"its format is {found!r}"
-    )
+    if found in (None, "pt"):
+        return "it is like a model's checkpoint"
+    return f"its format is {found!r}"
 
 
 def refuse_damaged(path: PathLike, metadata: Mapping[str, str], found: str) -> None:
