@@ -15,7 +15,7 @@ from harness import Unavailable, why
 from torch import Tensor, nn
 
 import fishfast as ff
-from fishfast.compact import CompactParameter
+from fishfast.training.gradient.tapped_module import CompactParameter
 
 __all__ = ["CONTENDERS", "Step", "check"]
 

@@ -1,7 +1,7 @@
 // What each operation needs, in plain types: no torch, no pybind11, no CUDA headers.
 //
-// The row structs are mirrored by numpy record types in fishfast/sparse_adam.py,
-// fishfast/sparse_sgd.py and fishfast/topk_mask/select_cuda.py; bindings.cpp publishes their sizes
+// The row structs are mirrored by numpy record types in fishfast/optim/sparse_adam.py,
+// fishfast/optim/sparse_sgd.py and fishfast/mask/selection/cuda.py; bindings.cpp publishes their sizes
 // and the Python side compares.
 #pragma once
 #include <cstdint>

@@ -43,7 +43,7 @@ FF_HOST_DEVICE float adam_value(const AdamScalars& s, float value, float exp_avg
 }
 
 // Counts a step and gives the scalars that depend on its number or on the learning rate, with the
-// host's bits (fishfast/sparse_adam.py, _scalars).
+// host's bits (fishfast/optim/sparse_adam.py, _scalars).
 FF_HOST_DEVICE void complete_scalars(const AdamPlan& plan, AdamScalars& s) {
   const float step = add_rn(*plan.step, 1.0f);
   *plan.step = step;

@@ -1,7 +1,7 @@
 // Global top-k over a list of score tensors on CPU threads: the passes of a radix select.
 //
 // Non-negative floats order as their bits do, so digits of the bit pattern, from the top, lead to
-// the threshold (the k-th largest score): fishfast/topk_mask/radix.py drives. One read of the
+// the threshold (the k-th largest score): fishfast/mask/selection/radix.py drives. One read of the
 // scores per call; beyond the outputs 32 bytes per 65,536 scores, and 8 bytes per bin and thread.
 // Sums of counts commute and every chunk has its own place in the output: bit-identical for any
 // number of threads.

@@ -9,21 +9,23 @@ save_delta(tuned, "task.safetensors")
 """
 
 from fishfast._backend import build_info
-from fishfast.baseline_masks import bias_mask, magnitude_scores, random_mask
-from fishfast.checkpoints import apply_to_checkpoint, diff_checkpoints
-from fishfast.config import FishConfig
-from fishfast.delta import Delta, load_delta, save_delta
-from fishfast.fish_model import FishTuning, from_pretrained, get_fish_model
+from fishfast._version import __version__
+from fishfast.delta.apply import apply_to_checkpoint
+from fishfast.delta.delta import Delta, load_delta, save_delta
+from fishfast.delta.diff import diff_checkpoints
 from fishfast.fisher import Fisher, estimate_fisher
-from fishfast.inspection import inspect_file
-from fishfast.mask import SparseMask
-from fishfast.sparse_adam import Adam, AdamW
-from fishfast.sparse_sgd import SGD
-from fishfast.topk_mask import open_scores, split_mask, top_k_mask
-from fishfast.train_only import train_only
-from fishfast.tuning import SparseTuning
-
-__version__ = "0.1.0"
+from fishfast.hub.config import FishConfig
+from fishfast.hub.fish_model import FishTuning, from_pretrained, get_fish_model
+from fishfast.mask.baselines import bias_mask, magnitude_scores, random_mask
+from fishfast.mask.score_file import open_scores
+from fishfast.mask.sparse_mask import SparseMask
+from fishfast.mask.split import split_mask
+from fishfast.mask.topk_mask import top_k_mask
+from fishfast.optim.sparse_adam import Adam, AdamW
+from fishfast.optim.sparse_sgd import SGD
+from fishfast.report.inspection import inspect_file
+from fishfast.training.handle import SparseTuning
+from fishfast.training.train_only import train_only
 
 __all__ = [
     "SGD",
@@ -51,4 +53,5 @@ __all__ = [
     "split_mask",
     "top_k_mask",
     "train_only",
+    "__version__",
 ]

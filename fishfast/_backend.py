@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from fishfast._version import __version__
+
 __all__ = ["build_info", "choose", "compiled", "num_threads"]
 
 _START_OF_THREADS = 1e5  # nanoseconds
@@ -168,8 +170,6 @@ def build_info() -> dict[str, Any]:
         'torch'
     """
     extension, _ = _extension()
-    from fishfast import __version__
-
     compiled_with = extension.build_info() if extension else {}
     unavailable = {name: _why_not(name) for name in ("cpu", "cuda", "triton") if _why_not(name)}
     return {

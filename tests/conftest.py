@@ -133,6 +133,6 @@ def path(tuned: ff.SparseTuning, tmp_path: Path) -> Path:
 @pytest.fixture
 def pieces_of_40_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read stored tensors 40 bytes at a time."""
-    from fishfast import stored_tensors
+    from fishfast.files import stored_tensors
 
     monkeypatch.setattr(stored_tensors, "_PIECE_BYTES", 40)

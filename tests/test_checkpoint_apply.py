@@ -166,13 +166,13 @@ def test_a_base_that_changes_meanwhile_is_refused(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(checkpoint_of(Net()), tmp_path / "base")
-    load = ff.checkpoints.apply.load_delta
+    load = ff.delta.apply.load_delta
 
     def load_late(where: Path) -> ff.Delta:
         save_file(checkpoint_of(Net(head_seed=1)), tmp_path / "base")
         return load(where)
 
-    monkeypatch.setattr(ff.checkpoints.apply, "load_delta", load_late)
+    monkeypatch.setattr(ff.delta.apply, "load_delta", load_late)
     with pytest.raises(ValueError, match="has changed since it was opened"):
         ff.apply_to_checkpoint(tmp_path / "base", path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

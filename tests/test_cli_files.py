@@ -21,8 +21,8 @@ from delta_net import Net
 from safetensors.torch import load_file, save_file
 
 import fishfast as ff
-from fishfast import stored_tensors
 from fishfast.cli import main
+from fishfast.files import stored_tensors
 
 
 def run(*arguments: Any) -> Result:
@@ -325,7 +325,7 @@ def test_diff_reads_nothing_for_a_place_that_cannot_be_written(
         raise AssertionError("the checkpoints are read")
 
     monkeypatch.setattr(ff, "diff_checkpoints", read)
-    monkeypatch.setattr("fishfast._files.os.open", refuse)
+    monkeypatch.setattr("fishfast.files.atomic.os.open", refuse)
     result = run("diff", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out")
     assert failed(result) == f"Error: Read-only file system: {str(tmp_path / 'out')!r}"
 
@@ -340,7 +340,7 @@ def test_control_c_leaves_nothing(
     del state["again.weight"]
     save_file(state, tmp_path / "base")
     before = sorted(os.listdir(tmp_path))
-    monkeypatch.setattr("fishfast.checkpoints.writing.raw_bytes", stop)
+    monkeypatch.setattr("fishfast.files.tensor_writer.raw_bytes", stop)
     result = run("apply", tmp_path / "base", path, "-o", tmp_path / "out")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Stopped.\n")
     assert sorted(os.listdir(tmp_path)) == before

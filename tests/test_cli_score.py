@@ -397,7 +397,7 @@ def test_what_would_fail_after_hours_fails_first(
     def refuse(path: Any, *_: Any) -> int:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("fishfast._files.os.open", refuse)
+    monkeypatch.setattr("fishfast.files.atomic.os.open", refuse)
     for options in (["-o", tmp_path / "f"], ["-o", tmp_path / "f", "--resume", tmp_path / "r"]):
         result = score(folder / "bert", data, *options)
         assert result.stderr == f"Error: Permission denied: {str(tmp_path / 'f')!r}\n"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fishfast as ff
-from fishfast import _safetensors
+from fishfast.files import safetensors_file as _safetensors
 
 
 @pytest.mark.parametrize("failing", ["save_file", "chmod", "fsync", "replace"])
@@ -70,7 +70,7 @@ KILLER = """
 import os, random, signal, sys, time
 import torch
 import fishfast as ff
-from fishfast import _safetensors
+from fishfast.files import safetensors_file as _safetensors
 
 torch.set_num_threads(1)
 target = sys.argv[1]

@@ -110,7 +110,7 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fishfast._files.os.replace", full_disk)
+    monkeypatch.setattr("fishfast.files.atomic.os.replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         running.save_now(ff.Fisher(zeros(), 3))
     assert ff.Fisher.load(tmp_path / "f").num_samples == 1

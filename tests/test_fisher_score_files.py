@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fishfast as ff
-from fishfast._safetensors import write_atomically
+from fishfast.files.safetensors_file import write_atomically
 
 SCORES = {
     "z.weight": torch.rand(3, 5, generator=torch.Generator().manual_seed(0)),

@@ -41,7 +41,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fishfast._files.os.replace", full_disk)
+    monkeypatch.setattr("fishfast.files.atomic.os.replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         ff.SparseMask({}, {"other": (3,)}).save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["mask"]

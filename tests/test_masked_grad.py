@@ -20,8 +20,9 @@ from torch import nn
 from train_only_modules import numbers
 
 import fishfast as ff
-from fishfast import masked_grad, masked_grad_plan
-from fishfast.masked_grad_plan import Plan
+from fishfast.training.gradient import chunks as masked_grad_plan
+from fishfast.training.gradient import masked_grad
+from fishfast.training.gradient.chunks import Plan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

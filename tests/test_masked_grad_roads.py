@@ -30,8 +30,8 @@ from train_only_modules import TOKENS, TiedNet, numbers
 from transformers.pytorch_utils import Conv1D
 
 import fishfast as ff
-from fishfast import masked_grad_plan
-from fishfast.gradient_tap import GradientTap
+from fishfast.training.gradient import chunks as masked_grad_plan
+from fishfast.training.gradient.weight_tap import GradientTap
 
 
 @pytest.mark.parametrize("style", ["few", "few rows", "all"])

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import fishfast as ff
 from fishfast.cli import main
 from fishfast.demo import METHODS, Run, draw_pictures
-from fishfast.plots import BLUE, ORANGE, draw_layers
+from fishfast.report.plots import BLUE, ORANGE, draw_layers
 
 pytest.importorskip("matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg

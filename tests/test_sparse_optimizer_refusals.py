@@ -21,7 +21,7 @@ from stepping import (
 from torch import nn
 
 import fishfast as ff
-from fishfast import capturable
+from fishfast.optim import capturable
 
 
 def assert_step_refused(

@@ -14,7 +14,7 @@ from topk_cases import BACKENDS, few_values
 
 import fishfast as ff
 from fishfast import _backend
-from fishfast.topk_mask import radix
+from fishfast.mask.selection import radix
 
 
 def named(sizes, make, dtype=torch.float32):

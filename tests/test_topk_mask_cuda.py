@@ -10,7 +10,7 @@ from cases import DTYPES, VALUES
 from torch import Tensor
 
 import fishfast as ff
-from fishfast.topk_mask import select_cuda as module
+from fishfast.mask.selection import cuda as module
 
 pytestmark = pytest.mark.gpu
 

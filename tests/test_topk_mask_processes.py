@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import fishfast as ff
-from fishfast.topk_mask.select_cpu import CpuPasses
+from fishfast.mask.selection.cpu import CpuPasses
 
 WORLDS = [1, 2, 3, 4]
 SHAPES = {"z": (23, 11), "a.bias": (7,), "empty": (0, 3), "a.weight": (3, 4, 50), "head": (5, 2)}
@@ -270,7 +270,7 @@ def test_the_cuda_kernels_select_for_one_process_only(monkeypatch):
         with pytest.raises(ValueError, match="selects from the scores of one process; with proc"):
             ff.top_k_mask(MODELS["random"], backend="simulated", **rules)
         kernels = lambda *_: pytest.fail("the kernels were called")  # noqa: E731
-        monkeypatch.setattr("fishfast.topk_mask.plan.select_cuda", kernels)
+        monkeypatch.setattr("fishfast.mask.selection.plan.select_cuda", kernels)
         monkeypatch.setattr("fishfast._backend.choose", lambda *_: "cuda")
         mask = ff.top_k_mask(MODELS["random"], **rules)
     finally:

@@ -8,7 +8,7 @@ from cases import DTYPES
 from topk_cases import BACKENDS, model_scores
 
 import fishfast as ff
-from fishfast.topk_mask.select_cpu import CpuPasses
+from fishfast.mask.selection.cpu import CpuPasses
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,7 +19,7 @@ from simt.topk_mask_backend import SimulatedTopk, install
 from torch import Tensor
 
 import fishfast as ff
-from fishfast.topk_mask import select_cuda as module
+from fishfast.mask.selection import cuda as module
 
 # What the launcher decides, by the card and by k.
 WAYS = {

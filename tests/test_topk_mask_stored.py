@@ -10,8 +10,8 @@ from cases import VALUES
 from safetensors.torch import save_file
 
 import fishfast as ff
-from fishfast.stored_tensors import StoredTensor
-from fishfast.topk_mask import batches
+from fishfast.files.stored_tensors import StoredTensor
+from fishfast.mask.selection import batches
 
 BACKENDS = ["cpu", "torch"]
 

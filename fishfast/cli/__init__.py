@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fishfast import __version__
+from fishfast._version import __version__
 from fishfast.cli.checkpoints import apply, diff
 from fishfast.cli.demo import demo
 from fishfast.cli.info import info

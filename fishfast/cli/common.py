@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from safetensors import SafetensorError, safe_open
 
-from fishfast._files import refuse_unwritable
+from fishfast.files.atomic import refuse_unwritable
 
 __all__ = [
     "FILE",

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fishfast._files import refuse_unwritable
 from fishfast.cli.common import clean_errors
-from fishfast.plots import PlottingUnavailable, new_figure
+from fishfast.files.atomic import refuse_unwritable
+from fishfast.report.plots import PlottingUnavailable, new_figure
 
 if TYPE_CHECKING:
     from fishfast.demo import Run

@@ -10,8 +10,8 @@ import click
 from tabulate import tabulate
 
 from fishfast.cli.common import FILE, JSON, check_output, clean_errors
-from fishfast.inspection import Inspection, inspect_file
-from fishfast.plots import draw_layers, new_figure, save_png
+from fishfast.report.inspection import Inspection, inspect_file
+from fishfast.report.plots import draw_layers, new_figure, save_png
 
 __all__ = ["inspect"]
 

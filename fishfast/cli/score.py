@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import fishfast as ff
-from fishfast._names import split_by_rule
 from fishfast.cli.common import FILE, PATH, check_output, clean_errors
-from fishfast.model_folders import LoadedModel, load_model, load_rows
-from fishfast.text_batches import make_batches
-from fishfast.topk_mask.budget import Totals, budget
+from fishfast.hub.model_folders import LoadedModel, load_model, load_rows
+from fishfast.hub.text_batches import make_batches
+from fishfast.mask.budget import Totals, budget
+from fishfast.mask.names import split_by_rule
 
 __all__ = ["score"]
 

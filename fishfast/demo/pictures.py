@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fishfast.demo.methods import METHODS, Run
-from fishfast.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, new_figure, save_png
+from fishfast.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, new_figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

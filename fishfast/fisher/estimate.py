@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fishfast import _backend
-from fishfast._files import PathLike
 from fishfast._lazy import refuse_lazy
+from fishfast.files.atomic import PathLike
 from fishfast.fisher.distributed import all_reduce_, announce_failure
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.scorer import Scorer

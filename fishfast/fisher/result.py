@@ -9,7 +9,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from fishfast._files import PathLike
+from fishfast.files.atomic import PathLike
 from fishfast.fisher.kind import FISHER_TYPES, ScoreKind
 from fishfast.fisher.score_files import FACTS, WORK, read_scores, whole_number, write_scores
 

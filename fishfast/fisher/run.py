@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from fishfast.fisher.engine.scorer import Scorer
+from fishfast.fisher.engine.blame import blame
+from fishfast.fisher.engine.scorer import NotFinite, Scorer
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.running import RunningScores
 from fishfast.fisher.untouched import OwnRandomState
@@ -65,7 +66,10 @@ class Run:
                     left = None if self.limit is None else self.limit - self.num_samples
                     whole = False
                     with self._random_state:
-                        counted, size = self.scorer.add_batch(batch, left)
+                        try:
+                            counted, size = self.scorer.add_batch(batch, left)
+                        except NotFinite:
+                            raise ValueError(blame(self.scorer, batch)) from None
                     self.num_samples += counted
                     self.num_batches += 1
                     whole = counted == size

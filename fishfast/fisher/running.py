@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fishfast._files import PathLike, refuse_unwritable
+from fishfast.files.atomic import PathLike, refuse_unwritable
 from fishfast.fisher.kind import ScoreKind
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.score_files import read_scores, write_scores

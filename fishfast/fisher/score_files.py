@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fishfast._files import PathLike
-from fishfast._safetensors import (
+from fishfast.files.atomic import PathLike
+from fishfast.files.safetensors_file import (
     Checksum,
     check_format,
     read_checked,
     refuse_damaged,
     write_atomically,
 )
+from fishfast.files.stored_tensors import open_tensors
 from fishfast.fisher.kind import FISHER_TYPES
-from fishfast.stored_tensors import open_tensors
 
 __all__ = [
     "FACTS",

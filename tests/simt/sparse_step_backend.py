@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from fishfast import _backend, capturable, sparse_rows
+from fishfast import _backend
+from fishfast.optim import capturable
+from fishfast.optim import step_table as sparse_rows
 from simt.build import CSRC, HERE
 from simt.library import SimtLibrary
 

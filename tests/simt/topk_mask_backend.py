@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fishfast import _backend
-from fishfast.topk_mask import select_cuda as module
+from fishfast.mask.selection import cuda as module
 from simt.build import CSRC, HERE
 from simt.library import SimtLibrary
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.gradients import gradients
 from fishfast.fisher.engine.interception import NEVER
-
-if TYPE_CHECKING:
-    from fishfast.fisher.engine.scorer import Scorer
+from fishfast.fisher.engine.scorer import Scorer
 
 __all__ = ["blame"]
 
@@ -22,7 +20,8 @@ def blame(scorer: Scorer, batch: Any) -> str:
 
     The batch is run again; the scorer cannot be used afterwards.
     """
-    index, name = _culprit(scorer, batch) or _culprit_alone(scorer, batch) or (None, None)
+    with scorer.scoring():
+        index, name = _culprit(scorer, batch) or _culprit_alone(scorer, batch) or (None, None)
     if name is not None:
         return (
             f"gradients must be finite; that of {name!r} is not for sample {index} of the batch; "

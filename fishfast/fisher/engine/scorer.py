@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.audit import Audit, audit
-from fishfast.fisher.engine.blame import blame
 from fishfast.fisher.engine.eager import checkpoints_not_reentrant, not_compiled
 from fishfast.fisher.engine.gradients import gradients
 from fishfast.fisher.engine.interception import (
@@ -33,7 +32,7 @@ from fishfast.fisher.result import Fisher
 from fishfast.fisher.score_files import WORK
 from fishfast.fisher.untouched import Buffers
 
-__all__ = ["Scorer"]
+__all__ = ["NotFinite", "Scorer"]
 
 UNUSED, BATCHED = "not used", "batched"
 EXPANDED, SORTED = "batched, where it meets the data", "batched, rows sorted by sample"
@@ -48,6 +47,14 @@ _COUPLED = (
     "other samples in every batched layer, {0!r} for one (a batch mean, or a loss between "
     "samples); use reduction='none'"
 )
+
+
+class NotFinite(Exception):
+    """The scores are not finite after this batch."""
+
+    def __init__(self, batch: Any) -> None:
+        super().__init__()
+        self.batch = batch
 
 
 class Scorer:
@@ -93,17 +100,16 @@ class Scorer:
         self.seconds.update(before.seconds)
 
     def add_batch(self, batch: Any, limit: int | None) -> tuple[int, int]:
-        """Score at most ``limit`` samples of a batch; return how many, and how many it has."""
-        # Backward runs in this thread, so that checkpointed layers that run again inside it are
-        # intercepted on every device.
+        """Score at most ``limit`` samples of a batch.
+
+        Returns:
+            How many were scored, and how many the batch has.
+
+        Raises:
+            NotFinite: the scores are not, and cannot be used any more.
+        """
         device = next(iter(self.parameters.values())).device.type
-        with (
-            not_compiled(),
-            checkpoints_not_reentrant(),
-            torch.enable_grad(),
-            torch.autograd.set_multithreading_enabled(False),
-            self.interception,
-        ):
+        with self.scoring():
             self._buffers = None
             losses, found = self.forward(batch)
             with torch.autocast(device, enabled=False):
@@ -120,9 +126,24 @@ class Scorer:
                     self._add_fallback(row, counted)
                     row = following
                 if not self._is_finite():
-                    raise ValueError(blame(self, batch))
+                    raise NotFinite(batch)
         self._note_roads(found)
         return counted, size
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Intercept the model's calls, in this thread: what forward and backward need around them.
+
+        Checkpointed layers that run again inside backward are intercepted, too, on every device.
+        """
+        with (
+            not_compiled(),
+            checkpoints_not_reentrant(),
+            torch.enable_grad(),
+            torch.autograd.set_multithreading_enabled(False),
+            self.interception,
+        ):
+            yield
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""Files: atomic writes, safetensors read and written with checks, checkpoint folders."""

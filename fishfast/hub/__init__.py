@@ -1,0 +1,1 @@
+"""Models as users keep them: a configuration, model folders, batches of text."""

@@ -1,0 +1,286 @@
+"""What the optimizers share: the torch.optim contract around one launch for all parameters."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fishfast import _backend
+from fishfast.optim.capturable import Tables, learning_rate, refuse_devices
+from fishfast.optim.options import (
+    UNSUPPORTED,
+    refuse_not_numbers,
+    refuse_other_parameter,
+    refuse_unsupported,
+)
+from fishfast.optim.update import Update, count_versions, is_capturing, refuse_not_finite
+from fishfast.training.gradient.tapped_module import CompactParameter, refuse_retired
+from fishfast.training.optimizer_state import (
+    add_masters,
+    own,
+    parameters_in_order,
+    refuse_other_shapes,
+    take_masters,
+)
+
+__all__ = ["SparseOptimizer"]
+
+
+@functools.cache
+def _keep_out_of_compiled_graphs() -> None:
+    """Make a step one graph break of compiled code, which cannot trace tables of addresses.
+
+    Done when the first optimizer is made and not at import: it takes Dynamo, which loads for
+    seconds and which torch's optimizers load at that time, too.
+    """
+    SparseOptimizer._step = torch.compiler.disable(SparseOptimizer._step)  # type: ignore[method-assign]
+
+
+class SparseOptimizer(Optimizer, ABC):
+    """Base of `Adam`, `AdamW` and `SGD`: checks, loss scaling, masters in the state dict.
+
+    Args:
+        params: compact parameters from ``tuned.parameters()``; plain contiguous fp32 parameters
+            are accepted too and trained densely, frozen parameters are accepted and left alone.
+        defaults: the options of a param group.
+        backend: ``"auto"``, ``"cuda"``, ``"cpu"`` or ``"torch"``.
+        check_finite: look at every gradient before a step.
+    """
+
+    _operation: str  # key of the backend table
+    _numbers: tuple[str, ...]  # options that are one
+    _former_options: dict[str, Any]  # what a state without one of these options means
+    _step_supports_amp_scaling = True  # GradScaler hands over found_inf and grad_scale
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        backend: str = "auto",
+        check_finite: bool = False,
+    ) -> None:
+        self._backend, self._check_finite = backend, check_finite
+        self._tables = Tables()
+        if hasattr(params, "parameters"):
+            raise TypeError(
+                f"params must be an iterable of parameters; got a {type(params).__name__}; "
+                "pass its .parameters()"
+            )
+        super().__init__(params, defaults)
+        _keep_out_of_compiled_graphs()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                _backend.choose(self._operation, parameter.device, backend)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle, copy or load a state; an older one may lack options."""
+        super().__setstate__(state)
+        _keep_out_of_compiled_graphs()
+        if "_tables" not in self.__dict__:  # a copy, which starts without
+            self._tables = Tables()
+        self.__dict__.setdefault("_check_finite", False)
+        self._tables.forget()
+        for group in self.param_groups:
+            for name, value in self._former_options.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy with what torch's own list of attributes leaves out."""
+        own = {"_backend": self._backend, "_check_finite": self._check_finite}
+        return {**super().__getstate__(), **own}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of compact or plain fp32 parameters.
+
+        Args:
+            param_group: as for any torch optimizer.
+
+        Raises:
+            ValueError: a trainable parameter of another dtype, one that is not contiguous, or an
+                option that this optimizer does not have, or not for these parameters.
+            RuntimeError: the backend that was asked for by name cannot run on their device.
+        """
+        held = len(self.param_groups)
+        options = {**self.defaults, **param_group}
+        refuse_unsupported(options)
+        super().add_param_group(param_group)
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                if options["capturable"]:
+                    self._refuse_capturable(parameter.device)
+                if parameter.requires_grad:
+                    refuse_other_parameter(parameter)
+        except (RuntimeError, ValueError):
+            del self.param_groups[held:]
+            raise
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, and write the result into the weights.
+
+        With ``capturable=True`` in every group a CUDA graph can hold it, after one step like it
+        outside the capture. A replay reads gradients, masters, state, a tensor ``lr``,
+        ``found_inf`` and ``grad_scale`` where they were at the capture. It does not see, so capture
+        again after: another ``lr`` that is a number or on the CPU, or any other option; a weight
+        that was replaced or moved, or written to by hand (its masters would undo that; loading a
+        state dict into the model takes them along); a loaded optimizer state, a remask or a new
+        group.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient, weight or state that cannot be updated; a CUDA graph is
+                captured and the step is not capturable, or differs from the one before the capture.
+                Nothing was changed.
+            ValueError: a capturable step of parameters that left the GPU, or an option of a group
+                that is no number or out of range. Nothing was changed.
+        """
+        return self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        refuse_retired(parameters_in_order(self))
+        if is_capturing():
+            self._refuse_capture()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        on_host = not all(group["capturable"] for group in self.param_groups)
+        if on_host and found_inf is not None and bool(found_inf):
+            return loss  # overflow: no update, and no step is counted
+        grad_scale = float(scale) if on_host and scale is not None else 1.0
+
+        batches = self._checked_batches()
+        chosen_for = {
+            device: _backend.choose(self._operation, device, self._backend) for device, _ in batches
+        }
+        # Nothing was changed so far, and what follows does not fail.
+        for (device, capturable), updates in batches.items():
+            for update in updates:
+                if update.is_stale:
+                    update.values.follow_()  # type: ignore[attr-defined]
+            self._advance(updates)
+            if (backend := chosen_for[device]) == "torch":
+                for update in updates:
+                    self._update_torch(update, grad_scale)
+                    if isinstance(update.values, CompactParameter):
+                        update.values.write_()
+                continue
+            if capturable:
+                self._update_capturable(updates, (found_inf, scale))
+            else:
+                self._update_compiled(updates, grad_scale, device, backend)
+            count_versions(updates)
+        return loss
+
+    def _checked_batches(self) -> dict[tuple[torch.device, bool], list[Update]]:
+        """Return what has a gradient, checked, by its device and whether it is capturable."""
+        batches: dict[tuple[torch.device, bool], list[Update]] = {}
+        for group in self.param_groups:
+            self._refuse_options(group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update = Update(parameter, self.state[parameter], group)
+                    kind = parameter.device, bool(group["capturable"])
+                    batches.setdefault(kind, []).append(update)
+        for (device, capturable), updates in batches.items():
+            if capturable:
+                self._refuse_capturable(device)
+                for update in {id(update.group): update for update in updates}.values():
+                    learning_rate(update)
+            elif self._check_finite:
+                refuse_not_finite(updates)
+        return batches
+
+    def _refuse_options(self, group: dict[str, Any]) -> None:
+        """Refuse what a param group was given since, before anything is changed."""
+        refuse_not_numbers(group, self._numbers)
+
+    def _refuse_capturable(self, device: torch.device) -> None:
+        if self._check_finite:
+            raise ValueError(
+                "check_finite must be False with capturable=True; got True: it looks at the "
+                "gradients on the host"
+            )
+        refuse_devices(self._operation, device, self._backend)
+
+    def _refuse_capture(self) -> None:
+        for group in self.param_groups:
+            if not group["capturable"]:
+                raise RuntimeError(
+                    "step() cannot be captured with capturable=False in a param group: its step "
+                    "reads learning rate and overflow on the host; make the optimizer with "
+                    "capturable=True, or step outside the CUDA graph"
+                )
+
+    @abstractmethod
+    def _advance(self, updates: list[Update]) -> None:
+        """Make missing state and, unless the device does, count the step."""
+
+    @abstractmethod
+    def _update_torch(self, update: Update, grad_scale: float) -> None:
+        """Update one parameter with torch operations; the caller scatters."""
+
+    @abstractmethod
+    def _update_compiled(
+        self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
+    ) -> None:
+        """Update and scatter all parameters of one device in one call."""
+
+    @abstractmethod
+    def _update_capturable(
+        self, updates: list[Update], scaling: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        """Do the same with found_inf, grad_scale and all that changes read on the device."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with the fp32 masters of weights that hold fewer bits.
+
+        Returns:
+            As any torch optimizer; loads into torch's own optimizer of the same name over the
+            compact parameters, and theirs loads here.
+        """
+        saved = super().state_dict()
+        add_masters(self, saved)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; masters are taken over where they round to the present weights.
+
+        So load the model first, then the optimizer, as usual. Whether a group is capturable stays
+        as it is here. CUDA graphs go on with the state of before: capture them again.
+
+        Args:
+            state_dict: from ``state_dict()`` of this optimizer or torch's of the same name.
+
+        Raises:
+            ValueError: the state of another mask. Nothing was changed.
+        """
+        capturable = [group["capturable"] for group in self.param_groups]
+        # The last of the hooks: it sees what the user's own made of the state.
+        last = self.register_load_state_dict_pre_hook(refuse_other_shapes)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        # How it ran where it was saved is not how this optimizer runs.
+        for group, as_before in zip(self.param_groups, capturable, strict=True):
+            group.update(dict.fromkeys(UNSUPPORTED.keys() & group.keys(), False))
+            group["capturable"] = as_before
+            for parameter in group["params"]:
+                own(
+                    self.state.get(parameter, {}),
+                    device_of_step=parameter.device if as_before else torch.device("cpu"),
+                )
+        take_masters(self)

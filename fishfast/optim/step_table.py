@@ -1,0 +1,140 @@
+"""Tables of rows: how a step's parameters reach csrc/, all of them in one call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fishfast import _backend
+from fishfast.optim.update import Update
+
+__all__ = [
+    "CHUNK_DTYPE",
+    "chunk_table",
+    "device_and_stream",
+    "fill_addresses",
+    "fill_scalars",
+    "launch",
+    "row_dtype",
+    "to_device",
+]
+
+# csrc/launch.h, structs ScatterTarget and StepChunk; the storage codes are csrc/storage.h's.
+_TARGET_DTYPE = np.dtype(
+    [("weight", "<u8"), ("offsets", "<u8"), ("storage", "<i4"), ("wide_offsets", "<i4")]
+)
+CHUNK_DTYPE = np.dtype([("start", "<i8"), ("row", "<i8")])
+_TIME = 8.0  # nanoseconds for an entry, most of them for its weight from memory
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def row_dtype(states: tuple[str, ...], scalars: list[tuple[str, str]]) -> np.dtype:
+    """Return the record type of one optimizer's rows.
+
+    Args:
+        states: names of the state tensors that a row has an address of, 0 for none.
+        scalars: names and types of the numbers of a step.
+    """
+    pointers = [(name, "<u8") for name in ("grad", "values", *states)]
+    return np.dtype([("target", _TARGET_DTYPE), *pointers, ("k", "<i8"), ("scalars", scalars)])
+
+
+def fill_scalars(
+    rows: np.ndarray,
+    updates: list[Update],
+    scalars_of: Callable[[Update], tuple[float, ...]],
+    steps: list[float] | None = None,
+) -> None:
+    """Fill the numbers of a step, computed once per group and step count.
+
+    Args:
+        rows: one per update.
+        updates: the parameters.
+        scalars_of: gives the numbers of an update.
+        steps: how many steps each has taken, if they depend on it.
+    """
+    known: dict[tuple[int, float], tuple[float, ...]] = {}
+    filled = []
+    for update, step in zip(updates, steps or [0.0] * len(updates), strict=True):
+        key = (id(update.group), step)
+        if key not in known:  # a group's parameters have nearly always taken the same steps
+            known[key] = scalars_of(update)
+        filled.append(known[key])
+    # Whole columns: numpy takes 5 us to fill one record.
+    rows["scalars"] = filled if len(known) > 1 else filled[0]
+
+
+def launch(
+    operation: str, rows: np.ndarray, updates: list[Update], device: torch.device, backend: str
+) -> None:
+    """Update and scatter all parameters of one device.
+
+    Args:
+        operation: ``"sparse_adam"`` or ``"sparse_sgd"``.
+        rows: one per update, state and scalars filled.
+        updates: the parameters.
+        device: where they are.
+        backend: ``"cpu"`` or ``"cuda"``.
+    """
+    held = fill_addresses(rows, updates)
+    extension = _backend.compiled()
+    assert rows.itemsize == getattr(extension, f"{operation.upper()}_ROW_BYTES")
+    call = getattr(extension, f"{operation}_{backend}")
+    counts = tuple(update.plain.numel() for update in updates)
+    if backend == "cpu":
+        call(rows.ctypes.data, len(rows), _backend.num_threads(sum(counts) * _TIME))
+        return
+    index, stream = device_and_stream(device)
+    chunks = chunk_table(counts, extension.ENTRIES_PER_STEP_CHUNK, device, stream)
+    table = to_device(rows, device)
+    num_chunks = chunks.numel() // CHUNK_DTYPE.itemsize
+    call(table.data_ptr(), chunks.data_ptr(), num_chunks, index, stream)
+    del held  # the stream orders their reuse after the kernel
+
+
+def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a table; the host does not wait."""
+    return torch.from_numpy(rows.view(np.uint8)).pin_memory().to(device, non_blocking=True)
+
+
+def device_and_stream(device: torch.device) -> tuple[int, int]:
+    """Return the index of a CUDA device and its present stream."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
+    """Fill the columns that all rows have; return tensors to keep until the launch."""
+    held: list[Tensor] = []
+    targets = []
+    for update in updates:
+        if update.target is None or update.weight is None:
+            targets.append((0, 0, 0, 0))
+            continue
+        offsets = update.target.offsets(update.weight)
+        held.append(offsets)
+        storage, wide = _STORAGE[update.weight.dtype], offsets.dtype == torch.int64
+        targets.append((update.weight.data_ptr(), offsets.data_ptr(), storage, wide))
+    rows["target"] = targets
+    rows["grad"] = [update.grad.data_ptr() for update in updates]
+    rows["values"] = [update.plain.data_ptr() for update in updates]
+    rows["k"] = [update.plain.numel() for update in updates]
+    return held
+
+
+@functools.lru_cache(maxsize=8)
+def chunk_table(counts: tuple[int, ...], entries: int, device: torch.device, stream: int) -> Tensor:
+    """Return which row and entry each block starts at; on the device, made once for each stream.
+
+    Args:
+        counts: entries of each row.
+        entries: entries that one block updates.
+        device: where the blocks run.
+        stream: the present one, which reads it: what is forgotten here while another stream still
+            read it would be overwritten.
+    """
+    table = [(start, row) for row, count in enumerate(counts) for start in range(0, count, entries)]
+    return torch.from_numpy(np.array(table, CHUNK_DTYPE).view(np.uint8)).to(device)

@@ -1,0 +1,299 @@
+"""Layers whose masked weight gradient is computed without the dense one.
+
+A linear layer, a convolution, an embedding or transformers' Conv1D with a masked weight runs as it
+is, on the plain frozen weight: autograd keeps what the gradient of its input needs and nothing
+else. Its output y then passes a side tap, an autograd function that returns y itself and whose
+backward hands the compact parameter its k gradients, from the input and y's gradient
+(`masked_grad`). Other modules, subclasses with a forward of their own, and code that reads the
+weight as an attribute are on the gradient tap; a weight that both use gets both gradients.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fishfast.training.gradient.chunks import Plan
+from fishfast.training.gradient.masked_grad import is_traced, masked_grad
+from fishfast.training.gradient.products import input_grad
+from fishfast.training.gradient.weight_tap import VALUES_SUFFIX, GradientTap
+from fishfast.training.values.masters import settle
+from fishfast.training.values.target import Target
+
+__all__ = ["SideTap", "has_own_forward", "move", "own_forward", "plan_for", "road"]
+
+
+class SideTap(torch.autograd.Function):
+    """``(y, x, weight, values, ...) -> y``, whose backward computes the gradient of the values."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *others: Any) -> Tensor:
+        """Return the layer's output; keep its input."""
+        _keep(ctx, *others)
+        return y.detach()  # no view to autograd: what follows may write into it
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of y, and of the values in fp32."""
+        x, weight, values, *plan = ctx.saved_tensors
+        kind, chunks, shape, geometry = ctx.constants
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[3]:
+            grad_values = _grad_values(ctx.constants, grad, x, *plan)
+        # torch.compile traces this too, and differentiates nothing twice.
+        if weight is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # With create_graph=True: the gradient of x, which the layer's own backward gives,
+            # depends on the values. What is added to it is zero, and its derivatives are not.
+            tapped = GradientTap.apply(weight, values, plan[0])
+            grad_x, as_frozen = (input_grad(kind, grad, x, w, geometry) for w in (tapped, weight))
+            grad_x = grad_x - as_frozen
+        return (grad, grad_x, None, grad_values, *[None] * 8)
+
+
+class FunctionalSideTap(torch.autograd.Function):
+    """The same for torch.func and torch.compile; in eager mode a form that costs 80 us a call."""
+
+    generate_vmap_rule = True  # per-sample gradients of the compact parameters
+
+    @staticmethod
+    def forward(y: Tensor, *others: Any) -> Tensor:
+        """Return the layer's output."""
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the layer's input."""
+        _keep(ctx, *inputs[1:])
+
+    backward = SideTap.backward
+
+
+def _keep(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    values: Tensor | None,
+    indices: Tensor,
+    positions: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    *constants: Any,
+) -> None:
+    if not ctx.needs_input_grad[1]:
+        weight = values = None  # needed only where the gradient of x may be differentiated
+    ctx.save_for_backward(x, weight, values, indices, positions, rows, columns)
+    ctx.constants = constants
+
+
+@once_differentiable
+def _grad_values(constants: tuple[Any, ...], grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
+    kind, *others = constants
+    return masked_grad(kind, grad, x, *plan, *others)
+
+
+class BiasTap(torch.autograd.Function):
+    """``(y, bias, dims) -> y``, whose backward sums the gradient of a convolution's bias.
+
+    Asked for the bias alone, torch's own backward on a CPU computes the dense weight gradient, too.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, bias: Tensor, dims: int) -> Tensor:
+        """Return the layer's output, of [(B,) C, positions of dims] elements."""
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep which dims are positions."""
+        y, bias, dims = inputs
+        ctx.dtype = bias.dtype  # fp32 under autocast
+        ctx.summed = [dim for dim in range(y.dim()) if dim != y.dim() - dims - 1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of y and of the bias."""
+        return grad, grad.sum(ctx.summed, dtype=ctx.dtype), None
+
+
+def _side_tap(module: Any, y: Tensor, x: Tensor, kind: str, *geometry: int) -> Tensor:
+    target = module._masked["weight"]
+    plan = target.plan
+    if plan.device != target.indices.device:  # loaded onto another device
+        move(target, target.indices.device)
+        plan = target.plan
+    if x.is_floating_point() and x.dtype != y.dtype:
+        x = x.to(y.dtype)  # autocast: kept as the layer saw it
+    function = FunctionalSideTap if is_traced() else SideTap
+    return function.apply(
+        y, x, _frozen_weight(module), module._parameters["weight" + VALUES_SUFFIX],
+        target.indices, plan.positions, plan.rows, plan.columns,
+        kind, plan.chunks, tuple(target.shape), geometry,
+    )  # fmt: skip
+
+
+def _frozen_weight(module: Any) -> Tensor:
+    # Detached: no dense gradient even after model.requires_grad_().
+    return module._parameters["weight"].detach()
+
+
+def _is_plain(module: Any, x: Any) -> bool:
+    """Return whether this call goes the ordinary way: no gradient of the values, or odd inputs."""
+    parameters = module._parameters
+    values = parameters.get("weight" + VALUES_SUFFIX)
+    if values is None or not torch.is_grad_enabled() or not values.requires_grad:
+        return True
+    if parameters.get("weight") is None or x.layout != torch.strided or x.is_nested:
+        return True
+    settle(values)  # else the attribute's reader does
+    plan = module._masked["weight"].plan
+    return plan is None or plan.groups != getattr(module, "groups", 1)
+
+
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    if _is_plain(self, input):
+        return nn.Linear.forward(self, input)
+    y = F.linear(input, _frozen_weight(self), self.bias)
+    return _side_tap(self, y, input, "linear")
+
+
+def _gpt2_forward(self: Any, x: Tensor) -> Tensor:
+    plain = _is_plain(self, x)
+    weight = self.weight if plain else _frozen_weight(self)
+    y = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)
+    y = y.view(x.size()[:-1] + (self.nf,))
+    return y if plain else _side_tap(self, y, x, "transposed linear")
+
+
+def _embedding_forward(self: Any, input: Tensor) -> Tensor:
+    if self.scale_grad_by_freq or _is_plain(self, input):
+        return nn.Embedding.forward(self, input)
+    y = F.embedding(input, _frozen_weight(self), self.padding_idx, self.max_norm, self.norm_type)
+    padding = -1 if self.padding_idx is None else self.padding_idx % len(self._parameters["weight"])
+    return _side_tap(self, y, input, "embedding", padding)
+
+
+def _for_each_dim(setting: Any, dims: int) -> tuple[int, ...]:
+    """Return a stride, padding or dilation of every dim; torch takes one number for all, too."""
+    given = tuple(setting) if isinstance(setting, Iterable) else (setting,)
+    return given * dims if len(given) == 1 else given
+
+
+def _conv_forward(
+    stock: type[nn.Module], conv: Callable[..., Tensor], dims: int
+) -> Callable[..., Tensor]:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if _is_plain(self, input):
+            return stock.forward(self, input)
+        padding = self.padding
+        if isinstance(padding, str) or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = 0
+        stride, padding, dilation = (
+            _for_each_dim(setting, dims) for setting in (self.stride, padding, self.dilation)
+        )
+        bias = self.bias
+        sums_bias = bias is not None and bias.requires_grad and input.device.type == "cpu"
+        y = conv(
+            input, _frozen_weight(self), bias.detach() if sums_bias else bias,
+            stride, padding, dilation, self.groups,
+        )  # fmt: skip
+        if sums_bias:
+            y = BiasTap.apply(y, bias, dims)
+        return _side_tap(self, y, input, "conv", *stride, *padding, *dilation, self.groups)
+
+    return forward
+
+
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: _linear_forward,
+    nn.Embedding: _embedding_forward,
+    nn.Conv1d: _conv_forward(nn.Conv1d, F.conv1d, 1),
+    nn.Conv2d: _conv_forward(nn.Conv2d, F.conv2d, 2),
+    nn.Conv3d: _conv_forward(nn.Conv3d, F.conv3d, 3),
+}
+# Attention reads its weight and never calls it.
+_NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
+def own_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:
+    """Return the forward that a module's class has once its weight is masked.
+
+    Args:
+        base: the module's own class.
+
+    Returns:
+        None for a class whose forward is not a known one.
+    """
+    stock = next(cls for cls in base.__mro__ if "forward" in vars(cls))
+    if (stock.__module__, stock.__qualname__) == ("transformers.pytorch_utils", "Conv1D"):
+        return _gpt2_forward
+    if issubclass(base, _NEVER_CALLED):
+        return None
+    if getattr(base, "_conv_forward", None) is not getattr(stock, "_conv_forward", None):
+        return None
+    return _FORWARDS.get(stock)
+
+
+def has_own_forward(module: nn.Module, name: str) -> bool:
+    """Return whether calls of a tapped module bring the gradient of this weight.
+
+    Args:
+        module: with masked weights.
+        name: of one of them.
+    """
+    # Accelerate's hooks wrap the forward that they find.
+    forward = getattr(inspect.unwrap(module.forward), "__func__", None)
+    known = forward is _gpt2_forward or forward in _FORWARDS.values()
+    return name == "weight" and known and not getattr(module, "scale_grad_by_freq", False)
+
+
+def plan_for(
+    owners: Iterable[tuple[nn.Module, str]], shape: torch.Size, indices: Tensor
+) -> Plan | None:
+    """Return how the gradient of a masked weight is computed, if calls of its owners bring it.
+
+    Args:
+        owners: every (module, name) that holds the weight, tapped.
+        shape: of the weight.
+        indices: int [k], ascending, of the masked entries.
+
+    Returns:
+        The plan; None where no owner has a forward of `own_forward`.
+    """
+    layers = [module for module, name in owners if has_own_forward(module, name)]
+    if not layers:
+        return None
+    if all(isinstance(module, nn.Embedding) for module in layers):
+        return Plan.without_chunks(indices.device)
+    return Plan.of(shape, indices, max(getattr(module, "groups", 1) for module in layers))
+
+
+def move(target: Target, device: torch.device) -> None:
+    """Keep the indices where the weight is, and plan for that device.
+
+    Args:
+        target: changed in place.
+        device: where the weight is now.
+    """
+    target.indices = target.indices.to(device)
+    if target.plan is None or target.plan.device != device:
+        target.plan = plan_for(target.owners, target.shape, target.indices)
+
+
+def road(target: Target) -> str:
+    """Return how gradients reach the values: by ``"rows"``, by the ``"tap"``, or by both.
+
+    Args:
+        target: of a tuned model.
+    """
+    roads = {has_own_forward(module, name) for module, name in target.owners}
+    return "rows, tap" if len(roads) == 2 else "rows" if roads.pop() else "tap"

@@ -1,0 +1,279 @@
+"""Compact parameters: how k values of a frozen weight are trained.
+
+A masked weight W is frozen. Next to it, on the same module, a `CompactParameter`
+(`fishfast.training.values.masters`) holds its k selected values as fp32 masters; a `Target`
+(`fishfast.training.values.target`) says where in W they go. The module gets a per-instance subclass
+of its class, in which gradients find their way to them: by a property (`weight_tap`), and in known
+layers by a forward (`layers`).
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fishfast.training.gradient.layers import move, own_forward
+from fishfast.training.gradient.weight_tap import VALUES_SUFFIX, tapped_property
+from fishfast.training.values.masters import CompactParameter, settle
+from fishfast.training.values.target import Target
+
+__all__ = [
+    "VALUES_SUFFIX",
+    "CompactParameter",
+    "compact_parameters",
+    "refuse_retired",
+    "tap",
+    "untap",
+]
+
+
+class _TappedModule(nn.Module):
+    """What a module with masked weights does differently. Mixed in before the module's class."""
+
+    _masked: dict[str, Target]  # parameter name -> target
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Keep masked weights from ``module.weight = None``."""
+        if param is None and name in self._masked:
+            raise RuntimeError(
+                f"the masked weight {self._masked[name].name!r} must be a tensor; got None; "
+                "release() before taking it away"
+            )
+        super().register_parameter(name, param)
+
+    def _without_compact(self, call: Callable[[], Any]) -> Any:
+        """Run something that must see the base parameters only."""
+        names = [name + VALUES_SUFFIX for name in self._masked]
+        held = {name: self._parameters.pop(name) for name in names if name in self._parameters}
+        try:
+            return call()
+        finally:
+            self._parameters.update(held)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move with the module, but stay fp32: `model.to(bfloat16)` must not round the masters."""
+        base_apply = super()._apply
+        _settle_all(self)
+        agreed = [target for target in self._masked.values() if target.agrees()]
+        result = self._without_compact(lambda: base_apply(fn, recurse))
+        for name, target in self._masked.items():
+            values = self._parameters[name + VALUES_SUFFIX]
+            if values is not None:
+                values.data = _moved(values.data, fn)
+                if isinstance(values, CompactParameter):
+                    values.mark_written()
+                if values.grad is not None:
+                    values.grad.data = _moved(values.grad.data, fn)
+            weight = self._parameters.get(name)
+            if weight is not None:
+                move(target, weight.device)
+        for target in agreed:
+            if target.is_whole():  # else a tied one is in pieces until its other owners moved
+                target.mark_seen(target.weight())
+        return result
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the base model's keys only."""
+        _settle_all(self)
+        # Taken out of the result, not out of the module: another thread may be training it.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._masked:
+            destination.pop(prefix + name + VALUES_SUFFIX, None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load the base model's keys and take over what they changed."""
+        base_load = super()._load_from_state_dict
+        self._without_compact(lambda: base_load(state_dict, prefix, *args))
+        for name, target in self._masked.items():
+            values = self._parameters[name + VALUES_SUFFIX]
+            loaded = prefix + name in state_dict
+            # With assign=True a tied weight is in pieces here; the next step names that.
+            if loaded and target.is_whole() and isinstance(values, CompactParameter):
+                values.refresh_()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy through the base class: the tapped class is made again."""
+        _settle_all(self)
+        reduced: Any = super().__reduce_ex__(max(2, protocol))  # 0 and 1 would name the class
+        function, args, *rest = reduced
+        if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
+            return _rebuild_module, (_plain_class(self), tuple(self._masked)), *rest
+        return function, args, *rest
+
+
+def _settle_all(module: _TappedModule) -> None:
+    for name in module._masked:
+        settle(module._parameters.get(name + VALUES_SUFFIX))
+
+
+def _moved(values: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    moved = fn(values)
+    return moved if moved.dtype == values.dtype else values.to(moved.device)
+
+
+def _flat_weights(module: Any) -> list[Any]:
+    # nn.LSTM and its kin keep references to their weights in a list, past any attribute access.
+    return [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+@functools.cache
+def _tapped_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    namespace: dict[str, Any] = {name: tapped_property(name) for name in names}
+    if issubclass(base, nn.RNNBase):
+        namespace["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
+    if "weight" in names and (forward := own_forward(base)):
+        namespace["forward"] = forward
+    # repr, error messages and torch.compile show the module's own class name.
+    namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return types.new_class(
+        base.__name__, (_TappedModule, base), {}, lambda ns: ns.update(namespace)
+    )
+
+
+def _tapped_below(module: nn.Module) -> Any:
+    """Return a module's tapped class, which a later parametrization has put another one upon."""
+    return next(cls for cls in type(module).__mro__ if _TappedModule in cls.__bases__)
+
+
+def _plain_class(module: nn.Module) -> Any:
+    tapped = _tapped_below(module)
+    return _rebased(type(module), tapped, tapped.__bases__[1])
+
+
+def _masked_class(cls: Any, names: tuple[str, ...]) -> Any:
+    """Return a plain class with the tap, below torch's class of a module with parametrizations.
+
+    torch takes a parametrization off the topmost class and expects that to be its own.
+    """
+    base = next(c for c in cls.__mro__ if c.__module__ != nn.utils.parametrize.__name__)
+    return _rebased(cls, base, _tapped_class(base, names))
+
+
+def _rebased(cls: Any, below: type, other: type) -> Any:
+    """Return a class like this one, but derived from another in the place of one below it."""
+    if cls is below:
+        return other
+    bases = tuple(_rebased(b, below, other) if issubclass(b, below) else b for b in cls.__bases__)
+    made_anew = ("__dict__", "__weakref__")  # by type() for every class
+    own = {name: found for name, found in vars(cls).items() if name not in made_anew}
+    return type(cls)(cls.__name__, bases, own)
+
+
+def _rebuild_module(plain: Any, names: tuple[str, ...]) -> nn.Module:
+    cls = _masked_class(plain, names)
+    return cls.__new__(cls)
+
+
+def tap(target: Target, values: CompactParameter | None = None) -> CompactParameter:
+    """Register a compact parameter beside a weight and route the weight's gradient to it.
+
+    Args:
+        target: the weight's owners and the selected indices.
+        values: the compact parameter of this target; default: a new one of the weight's values.
+
+    Returns:
+        The compact parameter, on every owner under the weight's name + ``_values``.
+    """
+    if values is None:
+        values = CompactParameter(target.gather().float(), target)
+        target.mark_seen(target.weight())
+    for module, name in target.owners:
+        tapped = isinstance(module, _TappedModule)
+        plain = _plain_class(module) if tapped else type(module)
+        masked: dict[str, Target] = module._masked if tapped else {}  # type: ignore[assignment]
+        masked[name] = target
+        module.__class__ = _masked_class(plain, tuple(masked))
+        module._masked = masked  # type: ignore[assignment]
+        module.register_parameter(name + VALUES_SUFFIX, values)
+    move(target, target.indices.device)
+    return values
+
+
+def untap(model: nn.Module) -> None:
+    """Give every module its own class back and drop the compact parameters."""
+    tapped = [module for module in model.modules() if isinstance(module, _TappedModule)]
+    plain = [_plain_class(module) for module in tapped]  # all before anything is changed
+    for module in tapped:
+        _settle_all(module)
+    for module, cls in zip(tapped, plain, strict=True):
+        for name in module._masked:
+            module._parameters.pop(name + VALUES_SUFFIX, None)
+        module.__class__ = cls
+        del module._masked
+
+
+def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter]]:
+    """Yield (name, parameter) for each compact parameter of a model, each once.
+
+    Raises:
+        RuntimeError: something else is in the place of one.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        if not isinstance(module, _TappedModule):
+            continue
+        expected = {name + VALUES_SUFFIX: target for name, target in module._masked.items()}
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, CompactParameter):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{prefix}.{name}" if prefix else name, parameter
+            elif name in expected and parameter is not None:
+                raise RuntimeError(_replaced(expected[name], parameter))
+
+
+def refuse_retired(parameters: Iterable[Tensor]) -> None:
+    """Refuse values that the model does not train now.
+
+    Raises:
+        RuntimeError: another mask replaced them, the model was released or is lent, or something
+            else is in their place. Without a gradient that would go unnoticed.
+    """
+    for parameter in parameters:
+        if not isinstance(parameter, CompactParameter):
+            continue
+        target = parameter.target
+        module, name = target.owners[0]
+        if target.retired:
+            target.weight()  # raises
+        if (held := module._parameters.get(name + VALUES_SUFFIX)) is not parameter:
+            raise RuntimeError(_why_not_trained(target, held))
+
+
+def _why_not_trained(target: Target, held: Tensor | None) -> str:
+    """Say what became of values that an optimizer still holds: others are held in their place."""
+    module, name = target.owners[0]
+    if target.lent:
+        return (
+            f"{target.name!r} does not train within a with tuned.released() block, which lends the "
+            "plain model; step after the block"
+        )
+    if isinstance(held, CompactParameter):
+        return (
+            f"parameters must be those that the model trains now; got those of {target.name!r} "
+            "from before release(); make a new optimizer from the later train_only's parameters()"
+        )
+    if isinstance(module, _TappedModule) and name in module._masked:
+        return _replaced(target, held)
+    return (
+        f"{target.name!r} does not train any more: release() gave the plain model back; to go on, "
+        "call train_only again and make a new optimizer from its handle's parameters()"
+    )
+
+
+def _replaced(target: Target, held: Tensor | None) -> str:
+    """Say that something else is in the place of trained values, and what to do."""
+    if type(held).__name__ == "DTensor":
+        return (
+            "a tuned model cannot be sharded; fully_shard put a DTensor in the place of the "
+            f"trained values of {target.name!r}; use DistributedDataParallel"
+        )
+    return (
+        f"the trained values of {target.name!r} must be a compact parameter; got "
+        f"{type(held).__name__} in their place; write into them, or release() before replacing them"
+    )

@@ -1,0 +1,71 @@
+"""What a tuned model is: the model, its masks, and the base that it was trained from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from fishfast.mask.sparse_mask import SparseMask
+from fishfast.training.base_identity import BaseIdentity
+from fishfast.training.gradient.tapped_module import CompactParameter, compact_parameters
+from fishfast.training.targets import refuse_later_ties, selected_values
+
+__all__ = ["TuningState"]
+
+
+class TuningState:
+    """A tuned model with its masks and its base; `fishfast.SparseTuning` is the handle on it.
+
+    Attributes:
+        model: the model, changed in place.
+        mask: the present mask.
+        trained_mask: the union of all masks so far: what a delta holds.
+        base: the hashes of the model before training.
+        base_values: the base's weights under ``trained_mask``, on the CPU.
+    """
+
+    def __init__(
+        self, model: nn.Module, mask: SparseMask, base: BaseIdentity, trainable: dict[str, bool]
+    ) -> None:
+        self.model, self.mask, self.base = model, mask, base
+        self.trained_mask = mask
+        # On the CPU, in the weights' dtype: what remask(on_leave="restore") puts back.
+        self.base_values = selected_values(model, mask)
+        self._trainable = trainable  # requires_grad of every parameter before train_only
+
+    def named_parameters(self) -> Iterator[tuple[str, CompactParameter]]:
+        """Yield (name, compact parameter); the name is the weight's with ``_values`` appended."""
+        yield from compact_parameters(self.model)
+
+    def parameters(self) -> Iterator[CompactParameter]:
+        """Yield the compact fp32 parameters, for an optimizer."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def identify(self) -> BaseIdentity:
+        """Hash the model as it is now.
+
+        Returns:
+            The hashes, without what a delta replaces.
+
+        Raises:
+            RuntimeError: names, shapes, dtypes or ties, or weights outside all masks so far, are
+                not those of the base.
+        """
+        refuse_later_ties(self.model)
+        now = BaseIdentity.of(self.model, self.trained_mask)
+        self.base.refuse_later_ties(now)
+        if now.structure != self.base.structure:
+            raise RuntimeError(
+                "the model's names, dtypes or shapes changed since train_only, so the delta would "
+                "fit no base; convert the model before train_only"
+            )
+        if now.weights != self.base.weights:
+            raise RuntimeError(
+                "weights outside the mask changed since train_only, so the delta would not give "
+                "this model again; put what else is trained into the mask (keep=), or, if another "
+                "base checkpoint was loaded or DistributedDataParallel sent another rank's weights "
+                "here, call tuned.rebase() right after"
+            )
+        return now

@@ -1,0 +1,118 @@
+"""Where a mask's values live in a model, and whether they can be trained there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fishfast.mask.sparse_mask import SparseMask
+from fishfast.training.gradient.tapped_module import (
+    VALUES_SUFFIX,
+    CompactParameter,
+    compact_parameters,
+)
+from fishfast.training.values.target import Target
+
+__all__ = ["find_targets", "refuse_later_ties", "selected_values"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def find_targets(model: nn.Module, mask: SparseMask) -> list[Target]:
+    """Find the owners of every masked weight and check that it can be trained; change nothing.
+
+    Args:
+        model: plain or tuned.
+        mask: one that fits it.
+
+    Returns:
+        A target for every parameter with selected weights, in the mask's order.
+
+    Raises:
+        ValueError: a weight whose dtype or memory cannot be trained so, or that is a compact
+            parameter itself, or whose module uses the compact parameter's name for something else.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, own_name))
+    parameters = dict(model.named_parameters())
+    targets = []
+    for name, indices in mask.items():
+        weight = parameters[name]
+        if isinstance(weight, CompactParameter):
+            raise ValueError(
+                f"mask must name the model's own weights; {name!r} holds the trained values of "
+                "one; score the plain model: with tuned.released() as model"
+            )
+        if len(indices) == 0:
+            continue
+        _check_weight(name, weight)
+        for module, own_name in owners[id(weight)]:
+            beside = getattr(module, own_name + VALUES_SUFFIX, None)
+            if beside is not None and not isinstance(beside, CompactParameter):
+                raise ValueError(
+                    f"model must not have an attribute {own_name + VALUES_SUFFIX!r} beside {name!r}"
+                )
+        targets.append(Target(owners[id(weight)], indices.to(weight.device), name))
+    return targets
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"masked weights must be float32, bfloat16 or float16; got {weight.dtype} for "
+            f"{name!r}; masters are fp32 and could not hold it"
+        )
+    if weight.is_inference():
+        raise ValueError(
+            f"masked weights must not be made in inference mode; {name!r} was; clone the model"
+        )
+    if weight.device.type == "meta":
+        raise ValueError(f"masked weights must have memory; {name!r} is on the meta device")
+    strides = sorted(
+        (stride, n) for stride, n in zip(weight.stride(), weight.shape, strict=True) if n > 1
+    )
+    for (stride, n), (larger, _) in zip(strides, strides[1:], strict=False):
+        if stride * n > larger:
+            raise ValueError(f"masked weights must not overlap in memory; {name!r} does")
+    if strides and strides[0][0] == 0:
+        raise ValueError(f"masked weights must not be expanded; {name!r} has stride 0")
+
+
+def refuse_later_ties(model: nn.Module) -> None:
+    """Refuse masked weights that further modules hold now: their gradients do not arrive.
+
+    Args:
+        model: tuned.
+
+    Raises:
+        RuntimeError: names the weight and a module that got it after `train_only`.
+    """
+    masked = {
+        id(parameter.target.weight()): parameter.target
+        for _, parameter in compact_parameters(model)
+    }
+    for prefix, module in model.named_modules():
+        for own_name, parameter in module._parameters.items():
+            target = masked.get(id(parameter))
+            if target is None or any(
+                module is owner and own_name == name for owner, name in target.owners
+            ):
+                continue
+            later = f"{prefix}.{own_name}".removeprefix(".")
+            raise RuntimeError(
+                f"weights must be tied before train_only; {later!r} was tied to {target.name!r} "
+                "after it, and its part of the gradient is missing; release(), tie them and call "
+                "train_only again"
+            )
+
+
+def selected_values(model: nn.Module, mask: SparseMask) -> dict[str, Tensor]:
+    """Return the selected weights of every parameter that has any, on the CPU."""
+    return {
+        name: weight.detach().flatten()[mask[name].to(weight.device).long()].cpu()
+        for name, weight in model.named_parameters()
+        if len(mask.get(name, ()))
+    }
