@@ -52,6 +52,18 @@ void sgd_cpu(uintptr_t rows, int64_t num_rows, int num_threads) {
   sparse_sgd_cpu(pointer<SparseSgdRow>(rows), num_rows, num_threads);
 }
 
+void write_cpu(uintptr_t rows, int64_t num_rows, int num_threads) {
+  const WriteRow* table = pointer<WriteRow>(rows);
+  require_address(table != nullptr || num_rows == 0, "the table of rows");
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const ScatterTarget& target = table[r].target;
+    require_address(table[r].k == 0 || (table[r].values && target.weight && target.offsets),
+                    "values, their weight or its offsets");
+  }
+  py::gil_scoped_release release;
+  write_values_cpu(table, num_rows, num_threads);
+}
+
 void linear_cpu(uintptr_t score, const std::array<uintptr_t, 3>& grad,
                 const std::array<uintptr_t, 3>& x, uintptr_t starts, uintptr_t ends,
                 const std::array<int64_t, 4>& sizes, int power, int num_threads) {
@@ -273,6 +285,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SPARSE_SGD_ROW_BYTES") = sizeof(SparseSgdRow);
   m.attr("SPARSE_SGD_PLAN_BYTES") = sizeof(SgdPlan);
   m.def("sparse_sgd_cpu", &sgd_cpu, py::arg("rows"), py::arg("num_rows"), py::arg("num_threads"));
+  m.attr("WRITE_ROW_BYTES") = sizeof(WriteRow);
+  m.def("write_values_cpu", &write_cpu, py::arg("rows"), py::arg("num_rows"),
+        py::arg("num_threads"));
 
   py::class_<TopkPasses>(m, "TopkPasses")
       .def(py::init(&topk_passes), py::arg("tensors"), py::arg("num_threads"))

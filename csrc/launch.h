@@ -127,6 +127,17 @@ void sparse_sgd_cuda(const SparseSgdRow* rows, const StepChunk* chunks, int64_t 
 void sparse_sgd_capturable_cuda(const CapturableStep<SparseSgdRow, SgdPlan>& step,
                                 const StepInputs& inputs, void* stream);
 
+// ---- write_values -----------------------------------------------------------------------------
+
+struct WriteRow {  // one compact parameter, after a step that another optimizer took
+  ScatterTarget target;
+  const float* values;  // [k] fp32 masters
+  int64_t k;
+};
+
+// Writes the rounded values into the weights and nothing else.
+void write_values_cpu(const WriteRow* rows, int64_t num_rows, int num_threads);
+
 // ---- fisher_linear ----------------------------------------------------------------------------
 
 struct FisherOperand {  // element (row, column) is data[rows[row] + columns[column]]

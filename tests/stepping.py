@@ -115,7 +115,7 @@ def snapshot_of_ours(tuned: ff.SparseTuning, optimizer: torch.optim.Optimizer) -
         weight = tuned.model._parameters[name]
         found[name] = weight.detach().clone()
         for key, state in optimizer.state[values].items():
-            if state is None:
+            if state is None or key == "master":  # the values themselves
                 continue
             if state.dim() == 0:
                 found[f"{name}.{key}"] = state.clone()

@@ -12,7 +12,7 @@ from copying import pickled, pickled_with_protocol_0, saved_by_torch
 from stepping import assert_state, same_bits, state_of
 from torch import nn
 from train_only_modules import built, mask_over_all, numbers, square_loss
-from train_only_net import compact, train, tuned_net
+from train_only_net import assert_masters_match, compact, train, tuned_net
 
 import fishfast as ff
 
@@ -50,15 +50,29 @@ def test_copy_of_a_trained_lstm_trains_alone() -> None:
 
 
 @pytest.mark.parametrize("copied", [*COPIES, copy.copy], ids=lambda f: f.__name__)
-def test_copy_of_one_compact_parameter(copied: Callable[[Any], Any]) -> None:
-    tuned = tuned_net()
-    parameter = next(tuned.parameters())
+def test_copy_of_one_compact_parameter_is_a_plain_one(copied: Callable[[Any], Any]) -> None:
+    parameter = next(tuned_net().parameters())
     other = copied(parameter)
-    assert type(other) is type(parameter)
+    assert type(other) is nn.Parameter
     assert other.requires_grad
     assert same_bits(other, parameter)
-    assert torch.equal(other.target.indices, parameter.target.indices)
-    assert same_bits(other.target.gather(), parameter.target.gather())
+    assert other.data_ptr() != parameter.data_ptr()
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("order", [0, 1], ids=["model first", "optimizer first"])
+def test_copy_of_model_and_optimizer_together(copied: Callable[[Any], Any], order: int) -> None:
+    tuned = tuned_net()
+    optimizer = ff.AdamW(tuned.parameters(), lr=0.1)
+    train(tuned.model, optimizer)
+    pair = [tuned.model, optimizer]
+    found = copied(pair[::-1] if order else pair)
+    model, other = found[::-1] if order else found
+    assert [id(p) for p in other.param_groups[0]["params"]] == [id(p) for p in compact(model)]
+    for net, stepper in ((tuned.model, optimizer), (model, other)):
+        train(net, stepper)
+    assert_state(model, state_of(tuned.model))
+    assert_masters_match(model)
 
 
 def test_copy_of_a_submodule() -> None:

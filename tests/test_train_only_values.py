@@ -56,12 +56,6 @@ def all_at_once(tuned: ff.SparseTuning) -> None:
     vector_to_parameters(parameters_to_vector(tuned.parameters()) + 1, tuned.parameters())
 
 
-def unattached_step(tuned: ff.SparseTuning) -> None:
-    for parameter in tuned.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    torch.optim.SGD(tuned.parameters(), lr=0.5).step()
-
-
 WRITES = {
     "copy_": in_no_grad(lambda p: p.copy_(torch.full_like(p, 7.0))),
     "add_": in_no_grad(lambda p: p.add_(0.25)),
@@ -71,7 +65,6 @@ WRITES = {
     "in inference mode": torch.inference_mode()(in_no_grad(lambda p: p.mul_(1.5))),
     "set_": in_no_grad(lambda p: p.set_(p.detach() + 1)),
     "vector_to_parameters": all_at_once,
-    "unattached step": unattached_step,
 }
 
 

@@ -18,6 +18,7 @@ from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.base_identity import BaseIdentity
 from fishfast.training.gradient.tapped_module import compact_parameters
 from fishfast.training.handle import SparseTuning
+from fishfast.training.values.sync import follow, refuse_unwritten
 
 __all__ = ["Delta", "load_delta", "save_delta"]
 
@@ -58,9 +59,9 @@ def save_delta(tuned: SparseTuning, path: PathLike) -> int:
     model, mask = tuned.model, tuned.trained_mask
     now = tuned.identify()
     for name, parameter in compact_parameters(model):
-        parameter.follow_()
+        follow(parameter)
         refuse_non_finite(name, parameter, "the trained model")  # NaN would not equal itself
-        parameter.refuse_unwritten(name)
+        refuse_unwritten(parameter, name)
     values = {name: target.gather() for name, target in targets_of(model, mask).items()}
     buffers = dict(model.named_buffers(remove_duplicate=False))
     changed = [name for name, digest in now.buffers.items() if digest != tuned.base.buffers[name]]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.gradient.tapped_module import compact_parameters
+from fishfast.training.values.sync import take_changes
 from fishfast.training.values.target import Target
 
 __all__ = ["Places", "targets_of"]
@@ -77,7 +78,7 @@ class Places:
             for name, buffer in self.buffers.items():
                 buffer.copy_(buffers[name])
         for _, parameter in compact_parameters(self.model):
-            parameter.refresh_()
+            take_changes(parameter)
 
     def refuse_changed(self, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Refuse a model in which something else than this was written since.

@@ -20,14 +20,17 @@ from fishfast.optim.options import (
     refuse_unsupported,
 )
 from fishfast.optim.update import Update, count_versions, is_capturing, refuse_not_finite
-from fishfast.training.gradient.tapped_module import CompactParameter, refuse_retired
+from fishfast.training.gradient.tapped_module import CompactParameter
 from fishfast.training.optimizer_state import (
     add_masters,
+    keep_masters,
     own,
     parameters_in_order,
-    refuse_other_shapes,
+    refuse_other_mask,
     take_masters,
 )
+from fishfast.training.values.retired import refuse_retired
+from fishfast.training.values.sync import follow, write
 
 __all__ = ["SparseOptimizer"]
 
@@ -56,6 +59,7 @@ class SparseOptimizer(Optimizer, ABC):
     _operation: str  # key of the backend table
     _numbers: tuple[str, ...]  # options that are one
     _former_options: dict[str, Any]  # what a state without one of these options means
+    writes_weights = True  # so `fishfast.training.values.sync` has nothing to do
     _step_supports_amp_scaling = True  # GradScaler hands over found_inf and grad_scale
 
     def __init__(
@@ -169,19 +173,20 @@ class SparseOptimizer(Optimizer, ABC):
         for (device, capturable), updates in batches.items():
             for update in updates:
                 if update.is_stale:
-                    update.values.follow_()  # type: ignore[attr-defined]
+                    follow(update.values)  # type: ignore[arg-type]
             self._advance(updates)
             if (backend := chosen_for[device]) == "torch":
                 for update in updates:
                     self._update_torch(update, grad_scale)
                     if isinstance(update.values, CompactParameter):
-                        update.values.write_()
+                        write([update.values])
                 continue
             if capturable:
                 self._update_capturable(updates, (found_inf, scale))
             else:
                 self._update_compiled(updates, grad_scale, device, backend)
             count_versions(updates)
+        keep_masters(self)
         return loss
 
     def _checked_batches(self) -> dict[tuple[torch.device, bool], list[Update]]:
@@ -269,7 +274,7 @@ class SparseOptimizer(Optimizer, ABC):
         """
         capturable = [group["capturable"] for group in self.param_groups]
         # The last of the hooks: it sees what the user's own made of the state.
-        last = self.register_load_state_dict_pre_hook(refuse_other_shapes)
+        last = self.register_load_state_dict_pre_hook(refuse_other_mask)
         try:
             super().load_state_dict(state_dict)
         finally:

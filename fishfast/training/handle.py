@@ -22,6 +22,7 @@ from fishfast.training.gradient.tapped_module import (
 from fishfast.training.remask import remask
 from fishfast.training.state import TuningState
 from fishfast.training.targets import refuse_later_ties, selected_values
+from fishfast.training.values.sync import follow
 
 __all__ = ["SparseTuning"]
 
@@ -104,20 +105,22 @@ class SparseTuning(TuningState):
         )
 
     def attach(self, optimizer: Optimizer) -> Attachment:
-        """Make any torch optimizer write the trained values into the weights after each step.
+        """Keep masters and mask in any torch optimizer's state dict, so that it resumes exactly.
 
-        Its state dict gets the fp32 masters of bf16 and fp16 weights, so that it resumes exactly.
-        A copied or unpickled torch optimizer has lost its hooks: attach it again.
-        `fishfast.AdamW` and `fishfast.SGD` do so themselves, in the same launch as the update.
+        The weights follow its steps without this. Its state dict gets the fp32 masters of bf16 and
+        fp16 weights, and a state of another mask is refused when it is loaded. A copied or
+        unpickled torch optimizer has lost its hooks: attach it again. `fishfast.AdamW` and
+        `fishfast.SGD` need none.
 
         Args:
-            optimizer: an optimizer over `parameters`, or over some of them.
+            optimizer: an optimizer over `parameters`, or over some of them; or what wraps one under
+                the attribute ``optimizer``, such as Accelerate's.
 
         Returns:
             A handle whose ``remove()`` undoes this.
 
         Raises:
-            TypeError: not a torch optimizer, or LBFGS, which evaluates the model within a step.
+            TypeError: not a torch optimizer.
             ValueError: the optimizer holds none of the compact parameters.
 
         Example:
@@ -194,7 +197,7 @@ class SparseTuning(TuningState):
         """
         refuse_later_ties(self.model)
         for parameter in self.parameters():
-            parameter.follow_()
+            follow(parameter)
         self.base = BaseIdentity.of(self.model, self.mask)
         self.trained_mask, self.base_values = self.mask, selected_values(self.model, self.mask)
 

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.base_identity import BaseIdentity
 from fishfast.training.gradient.tapped_module import CompactParameter, tap, untap
-from fishfast.training.optimizer_state import parameters_in_order
+from fishfast.training.optimizer_state import MASTER, parameters_in_order
 from fishfast.training.state import TuningState
 from fishfast.training.targets import find_targets, refuse_later_ties, selected_values
+from fishfast.training.values.sync import follow, refuse_unwritten
 from fishfast.training.values.target import Target
 
 __all__ = ["remask"]
@@ -68,7 +69,7 @@ def remask(
     handover = None if optimizer is None else _Handover(optimizer, olds, moves, param_group)
 
     for old in olds:
-        old.follow_()
+        follow(old)
     for move in moves:
         move.carry_masters()
     _retap(model, olds, moves)
@@ -78,7 +79,7 @@ def remask(
         old.target.retired, old.grad = True, None
     for target in targets:
         target.weight().requires_grad_(False)
-        target.mark_seen(target.weight())
+        target.mark_seen(target.weight(), with_bits=True)
     if handover is not None:
         handover.carry_out(model)
     tuned.mask, tuned.trained_mask = mask, union
@@ -185,8 +186,8 @@ def _base_values(tuned: TuningState, union: SparseMask) -> dict[str, Tensor]:
 
 def _refuse_unwritten(tuned: TuningState) -> None:
     for name, parameter in tuned.named_parameters():
-        parameter.follow_()
-        parameter.refuse_unwritten(name)
+        follow(parameter)
+        refuse_unwritten(parameter, name)
 
 
 class _Handover:
@@ -254,6 +255,7 @@ class _Handover:
                     if isinstance(value, Tensor) and value.dim()
                     else value
                     for key, value in before.items()
+                    if key != MASTER  # the new parameter is
                 }
         for old in self.olds:
             state.pop(old, None)

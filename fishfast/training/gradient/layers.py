@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from fishfast.training.gradient.chunks import Plan
 from fishfast.training.gradient.masked_grad import is_traced, masked_grad
 from fishfast.training.gradient.products import input_grad
-from fishfast.training.gradient.weight_tap import VALUES_SUFFIX, GradientTap
-from fishfast.training.values.masters import settle
+from fishfast.training.gradient.weight_tap import GradientTap
+from fishfast.training.values.retired import VALUES_SUFFIX
+from fishfast.training.values.sync import settle
 from fishfast.training.values.target import Target
 
 __all__ = ["SideTap", "has_own_forward", "move", "own_forward", "plan_for", "road"]

@@ -12,21 +12,23 @@ from __future__ import annotations
 import copyreg
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fishfast.training.gradient.layers import move, own_forward
-from fishfast.training.gradient.weight_tap import VALUES_SUFFIX, tapped_property
-from fishfast.training.values.masters import CompactParameter, settle
+from fishfast.training.gradient.weight_tap import tapped_property
+from fishfast.training.values.masters import CompactParameter, given_target
+from fishfast.training.values.retired import VALUES_SUFFIX, say_replaced
+from fishfast.training.values.sync import settle, take_weights, watch_optimizers, write
 from fishfast.training.values.target import Target
 
 __all__ = [
     "VALUES_SUFFIX",
     "CompactParameter",
     "compact_parameters",
-    "refuse_retired",
     "tap",
     "untap",
 ]
@@ -85,16 +87,48 @@ class _TappedModule(nn.Module):
         for name in self._masked:
             destination.pop(prefix + name + VALUES_SUFFIX, None)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load the base model's keys and take over what they changed."""
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """Load the base model's keys and take the weights as they are; then values, if there are.
+
+        Values are in a dict of what requires grad, such as a checkpoint of the trained part alone.
+        """
         base_load = super()._load_from_state_dict
-        self._without_compact(lambda: base_load(state_dict, prefix, *args))
+        self._without_compact(
+            lambda: base_load(
+                state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            )
+        )
         for name, target in self._masked.items():
             values = self._parameters[name + VALUES_SUFFIX]
-            loaded = prefix + name in state_dict
+            if not isinstance(values, CompactParameter):
+                continue
             # With assign=True a tied weight is in pieces here; the next step names that.
-            if loaded and target.is_whole() and isinstance(values, CompactParameter):
-                values.refresh_()
+            if prefix + name in state_dict and target.is_whole():
+                take_weights(values)
+            key = prefix + name + VALUES_SUFFIX
+            if (given := state_dict.get(key)) is None:
+                continue
+            if key in unexpected:
+                unexpected.remove(key)
+            if given.shape != values.shape:
+                errors.append(
+                    f"size mismatch for {key}: copying values of shape {tuple(given.shape)}, the "
+                    f"mask has {tuple(values.shape)}; were they saved with another mask?"
+                )
+                continue
+            with torch.no_grad():
+                values.copy_(given)
+            if target.is_whole():
+                write([values])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy through the base class: the tapped class is made again."""
@@ -104,6 +138,15 @@ class _TappedModule(nn.Module):
         if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
             return _rebuild_module, (_plain_class(self), tuple(self._masked)), *rest
         return function, args, *rest
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle or copy: the values, which come as plain parameters, get their targets."""
+        super().__setstate__(state)
+        for name, target in self._masked.items():
+            values = self._parameters.get(name + VALUES_SUFFIX)
+            if type(values) is nn.Parameter:
+                given_target(values, target)
+        watch_optimizers()
 
 
 def _settle_all(module: _TappedModule) -> None:
@@ -181,7 +224,7 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
     """
     if values is None:
         values = CompactParameter(target.gather().float(), target)
-        target.mark_seen(target.weight())
+        target.mark_seen(target.weight(), with_bits=True)
     for module, name in target.owners:
         tapped = isinstance(module, _TappedModule)
         plain = _plain_class(module) if tapped else type(module)
@@ -191,6 +234,7 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
         module._masked = masked  # type: ignore[assignment]
         module.register_parameter(name + VALUES_SUFFIX, values)
     move(target, target.indices.device)
+    watch_optimizers()
     return values
 
 
@@ -224,56 +268,4 @@ def compact_parameters(model: nn.Module) -> Iterator[tuple[str, CompactParameter
                     seen.add(id(parameter))
                     yield f"{prefix}.{name}" if prefix else name, parameter
             elif name in expected and parameter is not None:
-                raise RuntimeError(_replaced(expected[name], parameter))
-
-
-def refuse_retired(parameters: Iterable[Tensor]) -> None:
-    """Refuse values that the model does not train now.
-
-    Raises:
-        RuntimeError: another mask replaced them, the model was released or is lent, or something
-            else is in their place. Without a gradient that would go unnoticed.
-    """
-    for parameter in parameters:
-        if not isinstance(parameter, CompactParameter):
-            continue
-        target = parameter.target
-        module, name = target.owners[0]
-        if target.retired:
-            target.weight()  # raises
-        if (held := module._parameters.get(name + VALUES_SUFFIX)) is not parameter:
-            raise RuntimeError(_why_not_trained(target, held))
-
-
-def _why_not_trained(target: Target, held: Tensor | None) -> str:
-    """Say what became of values that an optimizer still holds: others are held in their place."""
-    module, name = target.owners[0]
-    if target.lent:
-        return (
-            f"{target.name!r} does not train within a with tuned.released() block, which lends the "
-            "plain model; step after the block"
-        )
-    if isinstance(held, CompactParameter):
-        return (
-            f"parameters must be those that the model trains now; got those of {target.name!r} "
-            "from before release(); make a new optimizer from the later train_only's parameters()"
-        )
-    if isinstance(module, _TappedModule) and name in module._masked:
-        return _replaced(target, held)
-    return (
-        f"{target.name!r} does not train any more: release() gave the plain model back; to go on, "
-        "call train_only again and make a new optimizer from its handle's parameters()"
-    )
-
-
-def _replaced(target: Target, held: Tensor | None) -> str:
-    """Say that something else is in the place of trained values, and what to do."""
-    if type(held).__name__ == "DTensor":
-        return (
-            "a tuned model cannot be sharded; fully_shard put a DTensor in the place of the "
-            f"trained values of {target.name!r}; use DistributedDataParallel"
-        )
-    return (
-        f"the trained values of {target.name!r} must be a compact parameter; got "
-        f"{type(held).__name__} in their place; write into them, or release() before replacing them"
-    )
+                raise RuntimeError(say_replaced(expected[name], parameter))

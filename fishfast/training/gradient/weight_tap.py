@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fishfast.training.values.masters import settle
+from fishfast.training.values.retired import VALUES_SUFFIX
+from fishfast.training.values.sync import settle
 
-__all__ = ["VALUES_SUFFIX", "GradientTap", "tapped_property"]
-
-VALUES_SUFFIX = "_values"
+__all__ = ["GradientTap", "tapped_property"]
 
 
 class GradientTap(torch.autograd.Function):

@@ -1,30 +1,38 @@
-"""`CompactParameter`: k values of a weight, and what keeps the two in agreement.
+"""`CompactParameter`: the fp32 masters of a weight's k trained values, as an `nn.Parameter`.
 
-Either may be written to from outside: the weight by ``nn.init`` or ``load_state_dict``, the values
-by an EMA swap, ``vector_to_parameters`` or a perturbation. Version counters tell. Whoever reads a
-masked weight calls `settle` first, so values that were written to are in their weight by then.
+It holds the numbers and remembers at which version they were in the weight. Who wrote last is
+decided in `fishfast.training.values.sync`, and nowhere else.
+
+Each compact parameter has memory of its own. One buffer for all of them was considered: a step asks
+every address anyway, and a file of one view would hold the whole buffer.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from fishfast.training.values.target import Target
 
-__all__ = ["CompactParameter", "settle"]
+__all__ = ["CompactParameter", "given_target"]
 
 _DATA: Any = torch.Tensor.data
+_UNSETTLED = -1  # no version is
 
 
 class CompactParameter(nn.Parameter):
     """The fp32 masters of a weight's selected values; ``target`` says where they go.
 
+    Saved or copied by itself it is a plain parameter of k values, without its model; a module that
+    is saved or copied gives it its target back (`given_target`).
+
     Attributes:
+        target: where the values go in the weight.
         plain: the same memory and version counter as a `torch.Tensor`, whose attributes torch reads
             in a third of the time it takes for a subclass.
         agreed: version of the values that are in the weight.
@@ -45,6 +53,8 @@ class CompactParameter(nn.Parameter):
     @property
     def data(self) -> Tensor:
         """The values without autograd; unlike torch's, what is written into them is counted."""
+        if dist.is_available() and dist.is_initialized():
+            self.unsettle()  # a collective writes into it and counts nothing
         return self.detach()
 
     @data.setter
@@ -53,94 +63,51 @@ class CompactParameter(nn.Parameter):
         self.plain = self.detach()
         torch.autograd.graph.increment_version(self)
 
+    def is_complex(self) -> bool:
+        """Return False; torch's collectives ask this before they write, which counts no version."""
+        self.unsettle()
+        return False
+
+    def unsettle(self) -> None:
+        """Let the next read of the weight write the values, whatever the version counters say."""
+        self.agreed = _UNSETTLED
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the values were, or may have been, written to since they were in the weight."""
+        return self.plain._version != self.agreed
+
     def mark_written(self) -> None:
         """Remember the values as they are: they are in the weight."""
         self.plain = self.detach()
         self.agreed = self.plain._version
 
-    def write_(self) -> None:
-        """Write the values into the weight."""
-        self.target.scatter_(self)
-        self.mark_written()
-
-    def refresh_(self) -> None:
-        """Take over weights that were changed from outside, such as by ``load_state_dict``.
-
-        A master that still rounds to its weight is kept, with its extra bits.
-        """
-        with torch.no_grad():
-            weights = self.target.gather()
-            agree = self.detach().to(weights.dtype) == weights
-            self.copy_(torch.where(agree, self, weights.float()))
-        self.target.mark_seen(self.target.weight())
-        self.mark_written()
-
-    def follow_(self) -> None:
-        """Make values and weight agree after either was written to, or the weight replaced.
-
-        Where both were, the weight's values stand.
-        """
-        weight, written = self.target.weight(), self.plain._version != self.agreed
-        # A copy has not seen its weight yet, which agreed with the values when it was made.
-        is_new_copy = not self.target.has_seen
-        if self.target.changed(weight) and not (written and is_new_copy):
-            self.refresh_()
-        elif written:
-            self.write_()
-
-    def refuse_unwritten(self, name: str) -> None:
-        """Refuse values that are not in the weight, though `follow_` was called.
-
-        Args:
-            name: what the error calls them.
-
-        Raises:
-            RuntimeError: values or weight were written to and no version counts it.
-        """
-        weights = self.target.gather()
-        if not torch.equal(self.detach().to(weights.dtype), weights):
-            raise RuntimeError(
-                f"the values of {name!r} were not written into the weights: something wrote to "
-                "either past autograd, such as through weight.data or numpy; write in no_grad mode"
-            )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompactParameter:
-        """Copy values and target; the module in the target is the one that is being copied."""
-        if id(self) in memo:
-            return memo[id(self)]
-        copied = CompactParameter(self.detach().clone(), None, self.requires_grad)
-        memo[id(self)] = copied
-        copied.target = copy.deepcopy(self.target, memo)
-        return copied
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """Copy as a compact parameter within its module, and as a plain one by itself."""
+        if id(self) not in memo:
+            copied = memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+            if id(self.target.owners[0][0]) in memo:  # which is being copied
+                given_target(copied, copy.deepcopy(self.target, memo))
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the values, then the target, which refers back to this parameter's module."""
-        # The target travels as state: as an argument it would need this object before it exists.
-        return _rebuild_compact, (self.detach(), self.requires_grad), self.target
-
-    def __setstate__(self, target: Target) -> None:
-        self.target = target
+        """Pickle as a plain parameter, which torch reads with ``weights_only=True``."""
+        values = self.detach().clone()  # not the rest of a storage that they may be a part of
+        return torch._utils._rebuild_parameter, (values, self.requires_grad, OrderedDict())
 
 
-def _rebuild_compact(values: Tensor, requires_grad: bool) -> CompactParameter:
-    return CompactParameter(values, None, requires_grad)
-
-
-def settle(values: Any) -> None:
-    """Write values into their weight if anything wrote to them since they were there.
-
-    A weight that was changed, too, stays as it is: `CompactParameter.follow_` decides in the next
-    step. Code under torch.compile passes by: a write is no part of the graph that it traces.
+def given_target(parameter: nn.Parameter, target: Target) -> CompactParameter:
+    """Make an unpickled or copied parameter a compact one again, the same object.
 
     Args:
-        values: a compact parameter; anything else, such as what torch.func puts in its place, has
-            no weight.
+        parameter: with the values; an optimizer that was saved with the model holds it, too.
+        target: where they go.
+
+    Returns:
+        The parameter.
     """
-    if (
-        type(values) is CompactParameter
-        and not is_dynamo_compiling()
-        and values.plain._version != values.agreed
-    ):
-        target = values.target
-        if target.agrees() or not target.has_seen:
-            values.write_()
+    parameter.__class__ = CompactParameter
+    compact: CompactParameter = parameter  # type: ignore[assignment]
+    compact.target = target
+    compact.mark_written()
+    return compact

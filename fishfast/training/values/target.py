@@ -6,6 +6,7 @@ optimizer.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -40,7 +41,17 @@ class Target:
         module, own_name = owners[0]
         self.shape = module._parameters[own_name].shape  # type: ignore[union-attr]
         self._seen: _Seen | None = None
+        self._fingerprint: int | None = None
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
+
+    @property
+    def fingerprint(self) -> int:
+        """A number of 60 bits made from the indices and the weight's shape, to tell masks apart."""
+        if self._fingerprint is None:
+            found = hashlib.blake2b(repr(tuple(self.shape)).encode(), digest_size=8)
+            found.update(self.indices.long().cpu().numpy().tobytes())
+            self._fingerprint = int.from_bytes(found.digest(), "little") >> 4
+        return self._fingerprint
 
     def weight(self) -> Tensor:
         """Return the weight as the module holds it now.
@@ -97,16 +108,37 @@ class Target:
         """Whether `mark_seen` was called here; not yet on a copy."""
         return self._seen is not None
 
-    def mark_seen(self, weight: Tensor) -> None:
-        """Remember the weight as it is: the masters agree with it."""
+    def mark_seen(self, weight: Tensor, with_bits: bool = False) -> None:
+        """Remember the weight as it is: the masters agree with it.
+
+        Args:
+            weight: the weight.
+            with_bits: remember its masked entries' bits, too, for `has_bits`; reads them.
+        """
         if self._seen is None or not self._seen.is_same(weight):
             self._seen = _Seen(weight)
         self._seen.version = weight._version
+        if with_bits:
+            self._seen.bits = (weight._version, self._digest())
 
     def mark_written(self, weight: Tensor) -> None:
         """Remember what was written into the weight that was seen."""
         assert self._seen is not None
         self._seen.version = weight._version
+
+    def has_bits(self) -> bool:
+        """Return whether the masked entries have the bits of the last `mark_seen` with them.
+
+        False where something was written since by whoever marked it seen.
+        """
+        seen = self._seen
+        if seen is None or seen.bits is None or seen.bits[0] != seen.version:
+            return False
+        return self.is_present() and self._digest() == seen.bits[1]
+
+    def _digest(self) -> bytes:
+        entries = self.gather().cpu()
+        return hashlib.blake2b(entries.view(torch.uint8).numpy().tobytes()).digest()
 
     def changed(self, weight: Tensor) -> bool:
         """Return whether the weight was replaced or written to since `mark_seen`.
@@ -121,6 +153,12 @@ class Target:
         module, name = self.owners[0]
         weight = module._parameters.get(name)
         return weight is not None and not self.changed(weight)
+
+    def is_present(self) -> bool:
+        """Return whether the weight is there, in the shape that the indices are for."""
+        module, name = self.owners[0]
+        weight = module._parameters.get(name)
+        return weight is not None and weight.shape == self.shape and self.is_whole()
 
     def gather(self) -> Tensor:
         """Return the selected weights, in the weight's dtype."""
@@ -141,13 +179,14 @@ class _Seen:
     storage is another, and the weak reference keeps a storage's own address from being used again.
     """
 
-    __slots__ = ("_offset", "_storage", "_stride", "_weight", "version")
+    __slots__ = ("_offset", "_storage", "_stride", "_weight", "bits", "version")
 
     def __init__(self, weight: Tensor) -> None:
         self._weight, self._offset = weight, weight.storage_offset()
         self._stride = weight.stride()  # the transpose of a square one has all else
         self._storage = StorageWeakRef(weight.untyped_storage())
         self.version = weight._version
+        self.bits: tuple[int, bytes] | None = None  # at which version the masked entries were so
 
     def is_same(self, weight: Tensor) -> bool:
         """Return whether this is that tensor in that memory, whatever was written there."""

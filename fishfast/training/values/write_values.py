@@ -1,0 +1,72 @@
+"""Values, rounded to their weights' dtypes, into the weights: one call for all of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fishfast import _backend
+from fishfast.training.values.target import Target
+
+__all__ = ["STORAGE", "TARGET_DTYPE", "write_values"]
+
+# csrc/launch.h, structs ScatterTarget and WriteRow; the storage codes are csrc/storage.h's.
+TARGET_DTYPE = np.dtype(
+    [("weight", "<u8"), ("offsets", "<u8"), ("storage", "<i4"), ("wide_offsets", "<i4")]
+)
+_ROW_DTYPE = np.dtype([("target", TARGET_DTYPE), ("values", "<u8"), ("k", "<i8")])
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_TIME = 4.0  # nanoseconds for an entry
+
+
+def write_values(places: Sequence[tuple[Tensor, Target]]) -> None:
+    """Write values into their weights and nothing else, and remember the weights as they are.
+
+    Args:
+        places: fp32 values [k] and where they go.
+
+    Raises:
+        RuntimeError: a weight that is gone, has another shape, or is tied in pieces. Nothing was
+            written.
+    """
+    weights = [target.weight() for _, target in places]
+    compiled = []
+    for (values, target), weight in zip(places, weights, strict=True):
+        if _is_compiled_for(values, weight):
+            compiled.append((values, target, weight))
+        else:
+            target.scatter_(values)
+    if compiled:
+        _write_compiled(compiled)
+        torch.autograd.graph.increment_version([weight for _, _, weight in compiled])
+        for _, target, weight in compiled:
+            target.mark_seen(weight)
+
+
+def _is_compiled_for(values: Tensor, weight: Tensor) -> bool:
+    return (
+        type(values) is Tensor
+        and values.device.type == weight.device.type == "cpu"
+        and values.dtype == torch.float32
+        and values.is_contiguous()
+        and weight.dtype in STORAGE
+        and _backend.choose("write_values", weight.device) == "cpu"
+    )
+
+
+def _write_compiled(places: list[tuple[Tensor, Target, Tensor]]) -> None:
+    rows = np.zeros(len(places), _ROW_DTYPE)
+    offsets = [target.offsets(weight) for _, target, weight in places]
+    rows["target"] = [
+        (weight.data_ptr(), where.data_ptr(), STORAGE[weight.dtype], where.dtype == torch.int64)
+        for where, (_, _, weight) in zip(offsets, places, strict=True)
+    ]
+    rows["values"] = [values.data_ptr() for values, _, _ in places]
+    rows["k"] = counts = [values.numel() for values, _, _ in places]
+    extension = _backend.compiled()
+    assert rows.itemsize == extension.WRITE_ROW_BYTES
+    threads = _backend.num_threads(sum(counts) * _TIME)
+    extension.write_values_cpu(rows.ctypes.data, len(rows), threads)
