@@ -146,7 +146,8 @@ def assert_gradient(found: Tensor, entries: Tensor, by_torch: Tensor, exact: Ten
     """Compare k gradients with float64: root mean square error at most twice torch's.
 
     Torch's is over the entries or over the whole dW, which is more: of few entries, torch may have
-    all right by luck. And one rounding in fp32 is allowed.
+    all right by luck. And one rounding in fp32 is allowed. A mean over few entries spreads around
+    that of many, so of fewer than 8 it may be twice as large: two standard deviations of one.
     """
     assert found.dtype == torch.float32
     assert found.shape == entries.shape
@@ -156,6 +157,7 @@ def assert_gradient(found: Tensor, entries: Tensor, by_torch: Tensor, exact: Ten
     allowed = 2 * _root_mean_square(errors_of_torch)
     allowed = torch.maximum(allowed, 2 * _root_mean_square(errors_of_torch[entries]))
     allowed = torch.maximum(allowed, _root_mean_square(exact) * 2.0**-24)
+    allowed = allowed * (2 if len(entries) < 8 else 1)
     assert error <= allowed, (error, allowed)
 
 

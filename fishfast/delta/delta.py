@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
+from fishfast._wrappers import unwrapped
 from fishfast.delta.file import Contents, read_delta, refuse_non_finite, write_delta
 from fishfast.delta.places import Places, targets_of
 from fishfast.files.atomic import PathLike
@@ -125,6 +127,15 @@ class Delta:
             nn.Module, tuple[dict[str, Tensor], dict[str, Tensor]]
         ] = weakref.WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy without what was overwritten in models, which are of this process."""
+        return {**self.__dict__, "_overwritten": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start with no model overwritten."""
+        self.__dict__.update(state)
+        self._overwritten = weakref.WeakKeyDictionary()
+
     @property
     def num_selected(self) -> int:
         """Number of weights that the delta sets."""
@@ -163,6 +174,7 @@ class Delta:
             ValueError: another base model, or one that the delta does not fit. Nothing was changed.
             RuntimeError: the delta is on this model already.
         """
+        given, model = model, unwrapped(model)
         if model in self._overwritten:
             raise RuntimeError("this delta is on the model already; call revert_ first")
         places = Places(model, self.mask, self.values, self.buffers)
@@ -171,7 +183,7 @@ class Delta:
         values, buffers = places.beside(self.values, self.buffers)
         self._overwritten[model] = places.read()
         places.write(values, buffers)
-        return model
+        return given
 
     def revert_(self, model: nn.Module) -> nn.Module:
         """Put back, bit for bit, what ``apply_`` overwrote on this model.
@@ -186,12 +198,13 @@ class Delta:
             RuntimeError: the delta is not on this model, or its weights were changed since.
                 Nothing was changed.
         """
+        given, model = model, unwrapped(model)
         if model not in self._overwritten:
             raise RuntimeError("this delta is not on the model: apply_ was not called on it")
         places = Places(model, self.mask, self.values, self.buffers)
         places.refuse_changed(self.values, self.buffers)
         places.write(*self._overwritten.pop(model))
-        return model
+        return given
 
     def refuse_other_base(self, found: BaseIdentity) -> None:
         """Refuse a model that is not the base of this delta.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fishfast import _backend
 from fishfast._lazy import refuse_lazy
+from fishfast._wrappers import unwrapped
 from fishfast.files.atomic import PathLike
 from fishfast.fisher.distributed import all_reduce_, announce_failure
 from fishfast.fisher.engine.accumulator import Accumulator
@@ -132,6 +133,7 @@ def estimate_fisher(
         ... )
     """
     _check_arguments(model, loss_fn, batches, num_samples, fisher_type, power)
+    model = unwrapped(model)
     seed = _checked_seed(seed, process_group)
     if not save_every >= 0:
         raise ValueError(f"save_every must be at least 0 seconds; got {save_every!r}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fishfast._wrappers import unwrapped
 from fishfast.delta.delta import load_delta, save_delta
 from fishfast.files.atomic import PathLike
 from fishfast.fisher import estimate_fisher
@@ -52,9 +53,9 @@ class FishTuning(SparseTuning):
         """
         _refuse_other_fish(model)
         tuned = train_only(model, mask)
-        handle = cls(model, mask, tuned.base, tuned._trainable)
+        handle = cls(tuned.model, mask, tuned.base, tuned._trainable)
         handle.config = config
-        model.fish = handle  # type: ignore[assignment]
+        tuned.model.fish = handle  # type: ignore[assignment]
         return handle
 
     def save_pretrained(self, save_directory: PathLike) -> None:
@@ -136,7 +137,9 @@ def get_fish_model(
         raise TypeError(f"config must be a FishConfig; got {type(config).__name__}")
     if isinstance(model, nn.Module):  # estimate_fisher says what else is wrong with it
         _refuse_other_fish(model)
-        sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        sizes = {
+            name: p.numel() for name, p in unwrapped(model).named_parameters() if p.requires_grad
+        }
         kept, eligible = split_by_rule(list(sizes), config.keep, config.exclude)
         budget(Totals.of(sizes, kept, eligible), kept, density=config.density, k=config.k)
     fisher = estimate_fisher(

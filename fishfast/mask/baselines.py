@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fishfast._lazy import refuse_lazy
+from fishfast._wrappers import unwrapped
 from fishfast.mask.budget import Totals, budget, everything_of
 from fishfast.mask.names import split_by_rule
 from fishfast.mask.sparse_mask import SparseMask, index_dtype
@@ -132,6 +133,7 @@ def _is_bias(name: str) -> bool:
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    model = unwrapped(model)
     refuse_lazy(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -153,7 +155,7 @@ def _sizes(model: nn.Module) -> tuple[Mapping[str, int], dict[str, tuple[int, ..
 def _aliases(model: nn.Module) -> dict[str, str]:
     """Return the further names of tied parameters -> the first name, which the mask has."""
     first = {id(p): name for name, p in _trainable(model).items()}
-    every = model.named_parameters(remove_duplicate=False)
+    every = unwrapped(model).named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in every if p.requires_grad and name != first[id(p)]}
 
 

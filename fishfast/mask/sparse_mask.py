@@ -15,6 +15,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from fishfast._wrappers import unwrapped
 from fishfast.files.atomic import PathLike
 from fishfast.files.safetensors_file import read_checked, write_atomically
 
@@ -87,9 +88,22 @@ class SparseMask(Mapping[str, Tensor]):
         return mask
 
     def __getstate__(self) -> dict[str, Any]:
-        # The indices are slices of one buffer, and pickle would write it once for each of them.
-        indices = {name: found.clone() for name, found in self._indices.items()}
-        return {**self.__dict__, "_indices": indices}
+        """Pickle and copy the indices as arrays, with their devices.
+
+        They are slices of one buffer, which pickle would write once for each tensor; and tensors
+        that are made for a pickle are gone before a process that is being spawned can map them.
+
+        Returns:
+            The attributes.
+        """
+        arrays = {name: (i.cpu().numpy().copy(), str(i.device)) for name, i in self.items()}
+        return {**self.__dict__, "_indices": arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the arrays back as tensors."""
+        arrays = state.pop("_indices")
+        self._indices = {name: torch.from_numpy(a).to(on) for name, (a, on) in arrays.items()}
+        self.__dict__.update(state)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._indices[name]
@@ -208,7 +222,7 @@ class SparseMask(Mapping[str, Tensor]):
         Raises:
             ValueError: a parameter that is missing or has another shape.
         """
-        parameters = dict(model.named_parameters())
+        parameters = dict(unwrapped(model).named_parameters())
         for name, shape in self.shapes.items():
             if selected_only and len(self[name]) == 0:
                 continue

@@ -150,13 +150,36 @@ class Digest:
 
 
 def _digest(tensor: Tensor, masked: Tensor | None) -> str:
-    if tensor.layout == torch.sparse_coo:  # such as a graph's adjacency
-        parts = tensor.detach().coalesce()
-        return _hash([_digest(parts.indices(), None), _digest(parts.values(), None)])
+    if masked is None and (parts := _parts(tensor.detach())):
+        return _hash([part if isinstance(part, str) else _digest(part, None) for part in parts])
     found = Digest(None if masked is None else masked.cpu())
     for piece in tensor.detach().cpu().reshape(-1).split(_PIECE):
         found.update(piece)
     return found.hexdigest()
+
+
+def _parts(tensor: Tensor) -> list[Tensor | str]:
+    """Return what a tensor is made of that has no memory of its own to hash; else nothing.
+
+    That is a sparse one, such as a graph's adjacency, a quantized one, and a subclass around other
+    tensors, such as torchao's weights: a quantized base is how large models are tuned.
+    """
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if tensor.is_quantized:
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            return [tensor.int_repr(), f"{tensor.q_scale()!r}, {tensor.q_zero_point()}"]
+        scales = [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
+        return [tensor.int_repr(), *scales, str(tensor.q_per_channel_axis())]
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in (name, getattr(tensor, name))]
+    return []
 
 
 def _hash(value: Any) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from tabulate import tabulate
 from torch import nn
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.attach import Attachment, attach
 from fishfast.training.base_identity import BaseIdentity
+from fishfast.training.disabled import base_model
 from fishfast.training.gradient.layers import road
 from fishfast.training.gradient.tapped_module import (
     VALUES_SUFFIX,
@@ -19,6 +21,7 @@ from fishfast.training.gradient.tapped_module import (
     tap,
     untap,
 )
+from fishfast.training.param_groups import make_param_groups
 from fishfast.training.remask import remask
 from fishfast.training.state import TuningState
 from fishfast.training.targets import refuse_later_ties, selected_values
@@ -103,6 +106,76 @@ class SparseTuning(TuningState):
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trainable / total:.4f}"
         )
+
+    def param_groups(
+        self,
+        weight_decay: float = 0.0,
+        *,
+        no_decay: str | Iterable[str] = (),
+        head_lr: float | None = None,
+        head: str | Iterable[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return param groups by the weights' own shapes and names, for any optimizer.
+
+        The usual rule, to decay what has two dimensions or more, finds nothing among compact
+        parameters, which are vectors. Here it goes by the weights: matrices and kernels decay,
+        biases and the scales of norms do not.
+
+        Args:
+            weight_decay: of the groups that decay.
+            no_decay: paths or globs of further weights that do not, such as ``"*.embed*"``.
+            head_lr: a learning rate for the head. Default: the optimizer's.
+            head: paths or globs of the head. Default: weights that are masked whole, such as those
+                of ``keep``.
+
+        Returns:
+            One to four groups; together they have every compact parameter once.
+
+        Raises:
+            ValueError: a negative number, a path that matches nothing, ``head`` without
+                ``head_lr``, or ``head_lr`` without any head.
+
+        Example:
+            >>> import torch, fishfast as ff
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+            >>> mask = ff.random_mask(model, k=30, seed=0, keep="1")
+            >>> tuned = ff.train_only(model, mask)
+            >>> groups = tuned.param_groups(weight_decay=0.01, head_lr=1e-3)
+            >>> [(len(g["params"]), g["weight_decay"], g.get("lr")) for g in groups]
+            [(1, 0.01, None), (1, 0.0, None), (1, 0.01, 0.001), (1, 0.0, 0.001)]
+            >>> optimizer = ff.AdamW(groups, lr=1e-4)
+        """
+        return make_param_groups(self.named_parameters(), weight_decay, no_decay, head_lr, head)
+
+    def disabled(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """Run the base model within ``with tuned.disabled():``, as PEFT's ``disable_adapter`` does.
+
+        It is the reference of DPO, or of a KL term. The base's k values are written into the
+        weights and the trained ones back, bit for bit, so a forward before the block may have its
+        backward after it. Nothing trains within the block. Buffers stay as they are.
+
+        Returns:
+            A context manager that gives the model.
+
+        Raises:
+            RuntimeError: when it is entered within another such block, or while the model is
+                released; when a backward of the trained model runs within it.
+
+        Example:
+            >>> import torch, fishfast as ff
+            >>> model, x = torch.nn.Linear(4, 2), torch.ones(1, 4)
+            >>> base = model(x).detach()
+            >>> tuned = ff.train_only(model, ff.random_mask(model, k=3, seed=0))
+            >>> optimizer = ff.SGD(tuned.parameters(), lr=1.0)
+            >>> model(x).sum().backward()
+            >>> optimizer.step()
+            >>> with tuned.disabled(), torch.no_grad():
+            ...     print(torch.equal(model(x), base))
+            True
+            >>> torch.equal(model(x), base)
+            False
+        """
+        return base_model(self)
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Keep masters and mask in any torch optimizer's state dict, so that it resumes exactly.

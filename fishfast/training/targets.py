@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +17,7 @@ from fishfast.training.gradient.tapped_module import (
 )
 from fishfast.training.values.target import Target
 
-__all__ = ["find_targets", "refuse_later_ties", "selected_values"]
+__all__ = ["find_targets", "refuse_later_ties", "refuse_outside_owners", "selected_values"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,6 +111,49 @@ def refuse_later_ties(model: nn.Module) -> None:
                 "after it, and its part of the gradient is missing; release(), tie them and call "
                 "train_only again"
             )
+
+
+def refuse_outside_owners(model: nn.Module, targets: list[Target]) -> None:
+    """Refuse masked weights that a module outside of the model holds, too.
+
+    Its part of the gradient would not arrive: such is the head of a language model that is tied to
+    the embedding, where only the model below the head is passed. Python's garbage collector knows
+    who holds a weight.
+
+    Args:
+        model: what is tuned.
+        targets: of its mask.
+
+    Raises:
+        ValueError: names the weight and the class of the other module.
+    """
+    weights = {id(target.weight()): target for target in targets}
+    inside = {id(module._parameters) for module in model.modules()}
+    outside = {
+        id(holder): holder
+        for holder in gc.get_referrers(*(target.weight() for target in targets))
+        if type(holder) is dict and id(holder) not in inside
+    }
+    for module in _modules_with(outside):
+        # What torch.fx traced holds weights in bare modules, and trains nothing by itself.
+        found = [weights[id(p)] for p in module._parameters.values() if id(p) in weights]
+        if found and type(module) is not nn.Module:
+            raise ValueError(
+                f"model must hold every use of its masked weights; {found[0].name!r} is also in a "
+                f"{type(module).__name__} outside of it, whose part of the gradient would be "
+                "missing; pass the whole model with a mask of its names, or clone the weight"
+            )
+
+
+def _modules_with(parameters: dict[int, dict[str, Any]]) -> Iterator[nn.Module]:
+    """Yield modules that have one of these dicts as their ``_parameters``."""
+    if not parameters:
+        return
+    holders = gc.get_referrers(*parameters.values())  # the modules, or their attributes' dicts
+    attributes = [h for h in holders if type(h) is dict and id(h.get("_parameters")) in parameters]
+    for module in [*holders, *(gc.get_referrers(*attributes) if attributes else [])]:
+        if isinstance(module, nn.Module) and id(module._parameters) in parameters:
+            yield module
 
 
 def selected_values(model: nn.Module, mask: SparseMask) -> dict[str, Tensor]:

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from fishfast._lazy import refuse_lazy
+from fishfast._wrappers import refuse_parallel, unwrapped
 from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.base_identity import BaseIdentity
 from fishfast.training.gradient.tapped_module import compact_parameters, tap, untap
 from fishfast.training.handle import SparseTuning
-from fishfast.training.targets import find_targets
+from fishfast.training.targets import find_targets, refuse_outside_owners
 
 __all__ = ["train_only"]
 
@@ -26,7 +27,8 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
     mask stay bit-identical.
 
     Args:
-        model: changed in place; fp32, bf16 or fp16 weights.
+        model: changed in place; fp32, bf16 or fp16 weights. Of ``torch.compile(model)`` the model
+            inside is taken, and the mask has its names.
         mask: which weights to train.
 
     Returns:
@@ -34,8 +36,9 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
 
     Raises:
         TypeError: ``mask`` is not a `SparseMask`, or ``model`` no module, or a scripted one.
-        ValueError: a mask that selects nothing or does not fit the model, a weight whose dtype or
-            memory cannot be trained so, or that is lazy. The model is left as it was.
+        ValueError: a mask that selects nothing or does not fit the model; a weight whose dtype or
+            memory cannot be trained so, that is lazy, or that a module outside of the model holds,
+            too; a model in DistributedDataParallel, which is for after. The model is left as it was.
         RuntimeError: the model has a mask already, or the call is in inference mode.
 
     Example:
@@ -48,6 +51,8 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    refuse_parallel(model)
+    model = unwrapped(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TypeError("model must not hold torch.jit modules; train before scripting it")
     if not isinstance(mask, SparseMask):
@@ -57,10 +62,14 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
     if mask.num_selected == 0:
         raise ValueError("mask must select at least one weight; got an empty mask")
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("train_only must not be called in inference mode; its tensors would be")
+        raise RuntimeError(
+            "train_only must be called outside inference_mode(): tensors made there cannot be "
+            "trained; leave it first"
+        )
     refuse_lazy(model)
     mask.check_fits(model)
     targets = find_targets(model, mask)
+    refuse_outside_owners(model, targets)
     base = BaseIdentity.of(model, mask)
 
     trainable = {

@@ -92,7 +92,9 @@ class CompactParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as a plain parameter, which torch reads with ``weights_only=True``."""
-        values = self.detach().clone()  # not the rest of a storage that they may be a part of
+        values = self.detach()
+        if values.untyped_storage().nbytes() > values.nbytes:
+            values = values.clone()  # without the rest of a storage that they are a part of
         return torch._utils._rebuild_parameter, (values, self.requires_grad, OrderedDict())
 
 

@@ -29,10 +29,11 @@ class Target:
             `fishfast.training.gradient.layers`; None if none of them does.
         retired: another mask replaced the values: whoever still trains them is told so.
         lent: the model is plain for now, in a ``with tuned.released()`` block.
+        disabled: the weight has the base's values for now, in a ``with tuned.disabled()`` block.
     """
 
     plan: Any = None
-    retired = lent = False
+    retired = lent = disabled = False
 
     def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor, name: str) -> None:
         self.owners, self.name = owners, name
@@ -160,6 +161,13 @@ class Target:
         weight = module._parameters.get(name)
         return weight is not None and weight.shape == self.shape and self.is_whole()
 
+    @staticmethod
+    def extent(weight: Tensor) -> int:
+        """Return how many elements of its storage a weight reaches over."""
+        return 1 + sum(
+            (n - 1) * stride for n, stride in zip(weight.shape, weight.stride(), strict=True)
+        )
+
     def gather(self) -> Tensor:
         """Return the selected weights, in the weight's dtype."""
         return self.weight().detach().flatten().index_select(0, self.indices)
@@ -167,7 +175,7 @@ class Target:
     def scatter_(self, values: Tensor) -> None:
         """Write values, rounded to the weight's dtype, into the weight and nothing else."""
         weight = self.weight()
-        storage = weight.detach().as_strided((_extent(weight),), (1,))
+        storage = weight.detach().as_strided((self.extent(weight),), (1,))
         storage.index_copy_(0, self.offsets(weight).long(), values.detach().to(weight.dtype))
         self.mark_seen(weight)
 
@@ -196,9 +204,3 @@ class _Seen:
             and self._offset == weight.storage_offset()
             and self._stride == weight.stride()
         )
-
-
-def _extent(tensor: Tensor) -> int:
-    return 1 + sum(
-        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
