@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,6 +128,9 @@ def refuse_outside_owners(model: nn.Module, targets: list[Target]) -> None:
     Raises:
         ValueError: names the weight and the class of the other module.
     """
+    targets = [target for target in targets if _has_other_holders(target)]
+    if not targets:
+        return
     weights = {id(target.weight()): target for target in targets}
     inside = {id(module._parameters) for module in model.modules()}
     outside = {
@@ -143,6 +147,12 @@ def refuse_outside_owners(model: nn.Module, targets: list[Target]) -> None:
                 f"{type(module).__name__} outside of it, whose part of the gradient would be "
                 "missing; pass the whole model with a mask of its names, or clone the weight"
             )
+
+
+def _has_other_holders(target: Target) -> bool:
+    """Return whether more than its owners refer to a weight; to find out who takes a second."""
+    weight = target.weight()
+    return sys.getrefcount(weight) > len(target.owners) + 2  # the name and the call's argument
 
 
 def _modules_with(parameters: dict[int, dict[str, Any]]) -> Iterator[nn.Module]:

@@ -38,7 +38,7 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
         TypeError: ``mask`` is not a `SparseMask`, or ``model`` no module, or a scripted one.
         ValueError: a mask that selects nothing or does not fit the model; a weight whose dtype or
             memory cannot be trained so, that is lazy, or that a module outside of the model holds,
-            too; a model in DistributedDataParallel, which is for after. The model is left as it was.
+            too; a model in DistributedDataParallel, which comes later. The model is left as it was.
         RuntimeError: the model has a mask already, or the call is in inference mode.
 
     Example:
