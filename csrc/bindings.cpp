@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <stdexcept>
 #include <tuple>
 
+#include "kept_step.h"
 #include "launch.h"
 
 #ifdef FISHFAST_WITH_CUDA
@@ -62,6 +64,28 @@ void write_cpu(uintptr_t rows, int64_t num_rows, int num_threads) {
   }
   py::gil_scoped_release release;
   write_values_cpu(table, num_rows, num_threads);
+}
+
+std::unique_ptr<KeptStep> kept_step(const py::tuple& questions, const py::tuple& entries,
+                                    const py::tuple& state, uintptr_t rows,
+                                    const std::array<int64_t, 5>& layout, int64_t device_index) {
+  const auto [row, grad, k, scalars, scalars_bytes] = layout;
+  return std::make_unique<KeptStep>(questions.ptr(), entries.ptr(), state.ptr(),
+                                    pointer<char>(rows),
+                                    KeptLayout{row, grad, k, scalars, scalars_bytes}, device_index);
+}
+
+bool kept_as_before(KeptStep& kept, const py::object& state, const py::object& groups) {
+  return kept.as_before(state.ptr(), groups.ptr());
+}
+
+void kept_fill(KeptStep& kept, uintptr_t scalars) {
+  require_address(scalars != 0 || kept.kinds().empty(), "the scalars of a step");
+  kept.fill(pointer<const char>(scalars));
+}
+
+void kept_mark_written(KeptStep& kept, const py::object& increment_version) {
+  if (!kept.mark_written(increment_version.ptr())) throw py::error_already_set();
 }
 
 void linear_cpu(uintptr_t score, const std::array<uintptr_t, 3>& grad,
@@ -288,6 +312,15 @@ PYBIND11_MODULE(_C, m) {
   m.attr("WRITE_ROW_BYTES") = sizeof(WriteRow);
   m.def("write_values_cpu", &write_cpu, py::arg("rows"), py::arg("num_rows"),
         py::arg("num_threads"));
+
+  py::class_<KeptStep>(m, "KeptStep")
+      .def(py::init(&kept_step), py::arg("questions"), py::arg("entries"), py::arg("state"),
+           py::arg("rows"), py::arg("layout"), py::arg("device_index"))
+      .def("as_before", &kept_as_before, py::arg("state"), py::arg("groups"))
+      .def("kinds", &KeptStep::kinds)
+      .def("fill", &kept_fill, py::arg("scalars"))
+      .def("mark_written", &kept_mark_written, py::arg("increment_version"))
+      .def("let_go", &KeptStep::let_go);
 
   py::class_<TopkPasses>(m, "TopkPasses")
       .def(py::init(&topk_passes), py::arg("tensors"), py::arg("num_threads"))

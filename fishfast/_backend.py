@@ -21,8 +21,9 @@ import torch
 
 from fishfast._version import __version__
 
-__all__ = ["build_info", "choose", "compiled", "num_threads"]
+__all__ = ["STORAGE", "build_info", "choose", "compiled", "num_threads"]
 
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/storage.h, enum Storage
 _START_OF_THREADS = 1e5  # nanoseconds
 
 # What can run each operation on each kind of device, best first.

@@ -7,18 +7,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fishfast import _backend
 from fishfast.optim.capturable import Tables, learning_rate, refuse_devices
+from fishfast.optim.kept_step import KeptStep
 from fishfast.optim.options import (
     UNSUPPORTED,
     refuse_not_numbers,
     refuse_other_parameter,
     refuse_unsupported,
 )
+from fishfast.optim.step_table import fill_scalars, launch, make_rows
 from fishfast.optim.update import Update, count_versions, is_capturing, refuse_not_finite
 from fishfast.training.gradient.tapped_module import CompactParameter
 from fishfast.training.optimizer_state import (
@@ -54,9 +57,16 @@ class SparseOptimizer(Optimizer, ABC):
         defaults: the options of a param group.
         backend: ``"auto"``, ``"cuda"``, ``"cpu"`` or ``"torch"``.
         check_finite: look at every gradient before a step.
+
+    Attributes:
+        writes_weights: its step writes what it computes into the weights itself.
     """
 
+    writes_weights = True
     _operation: str  # key of the backend table
+    _state_names: tuple[str, ...]  # what kernels read by address, in the order of a row
+    _row: np.dtype  # of the table of a step, from `row_dtype`
+    _plan: np.dtype  # of what a capturable step computes a row's numbers from
     _numbers: tuple[str, ...]  # options that are one
     _former_options: dict[str, Any]  # what a state without one of these options means
     writes_weights = True  # so `fishfast.training.values.sync` has nothing to do
@@ -71,6 +81,7 @@ class SparseOptimizer(Optimizer, ABC):
     ) -> None:
         self._backend, self._check_finite = backend, check_finite
         self._tables = Tables()
+        self._kept: KeptStep | None = None  # the last step, if it can be taken again
         if hasattr(params, "parameters"):
             raise TypeError(
                 f"params must be an iterable of parameters; got a {type(params).__name__}; "
@@ -90,6 +101,7 @@ class SparseOptimizer(Optimizer, ABC):
             self._tables = Tables()
         self.__dict__.setdefault("_check_finite", False)
         self._tables.forget()
+        self._kept = None
         for group in self.param_groups:
             for name, value in self._former_options.items():
                 group.setdefault(name, value)
@@ -152,23 +164,37 @@ class SparseOptimizer(Optimizer, ABC):
 
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        refuse_retired(parameters_in_order(self))
         if is_capturing():
             self._refuse_capture()
         loss = None
         if closure is not None:
+            refuse_retired(parameters_in_order(self))
             with torch.enable_grad():
                 loss = closure()
         found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
         on_host = not all(group["capturable"] for group in self.param_groups)
         if on_host and found_inf is not None and bool(found_inf):
+            refuse_retired(parameters_in_order(self))
             return loss  # overflow: no update, and no step is counted
         grad_scale = float(scale) if on_host and scale is not None else 1.0
 
+        # Taken away meanwhile: another thread's step must not share its table.
+        kept, self._kept = self._kept, None
+        if kept is None or not kept.take(self, grad_scale):
+            kept = self._checked_step(grad_scale, (found_inf, scale))
+        self._kept = kept
+        return loss
+
+    def _checked_step(
+        self, grad_scale: float, scaling: tuple[Tensor | None, Tensor | None]
+    ) -> KeptStep | None:
+        """Take a step in which everything is checked; return it, if it can be kept."""
+        refuse_retired(parameters_in_order(self))
         batches = self._checked_batches()
         chosen_for = {
             device: _backend.choose(self._operation, device, self._backend) for device, _ in batches
         }
+        kept = None
         # Nothing was changed so far, and what follows does not fail.
         for (device, capturable), updates in batches.items():
             for update in updates:
@@ -180,14 +206,47 @@ class SparseOptimizer(Optimizer, ABC):
                     self._update_torch(update, grad_scale)
                     if isinstance(update.values, CompactParameter):
                         write([update.values])
+                keep_masters(self)
                 continue
             if capturable:
-                self._update_capturable(updates, (found_inf, scale))
-            else:
-                self._update_compiled(updates, grad_scale, device, backend)
+                self._update_capturable(updates, scaling)
+                count_versions(updates)
+                keep_masters(self)
+                continue
+            rows, held = self._rows(updates, grad_scale)
+            counts = tuple(update.plain.numel() for update in updates)
+            launch(self._operation, rows, counts, device, backend)
             count_versions(updates)
-        keep_masters(self)
-        return loss
+            keep_masters(self)
+            if len(batches) == 1 and KeptStep.fits(self, updates):
+                kept = KeptStep(self, rows, updates, held, backend)
+            # else of a GPU's tensors in `held` the stream orders the reuse after the kernel
+        return kept
+
+    def _rows(self, updates: list[Update], grad_scale: float) -> tuple[np.ndarray, list[Tensor]]:
+        """Return the table of a step, and tensors to keep until it was read."""
+        rows, held = make_rows(self._row, updates, self._used_states, self._state_names)
+        counted = "step" in updates[0].state
+        steps = [float(update.state["step"]) for update in updates] if counted else None
+        fill_scalars(
+            rows, updates, lambda group, step: self._scalars(group, step, grad_scale), steps
+        )
+        return rows, held
+
+    def _update_capturable(
+        self, updates: list[Update], scaling: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        """Update with found_inf, grad_scale and all that changes read on the device."""
+        rows, held = make_rows(self._row, updates, self._used_states, self._state_names)
+        fill_scalars(rows, updates, lambda group, _: self._constant_scalars(group))
+        plans = np.zeros(len(updates), self._plan)
+        plans["step"] = [
+            update.state["step"].data_ptr() if self._used_states(update.group) else 0
+            for update in updates
+        ]
+        plans["lr"] = [learning_rate(update) for update in updates]
+        self._fill_plans(plans, [update.group for update in updates])
+        self._tables.launch(self._operation, rows, plans, updates, scaling, held)
 
     def _checked_batches(self) -> dict[tuple[torch.device, bool], list[Update]]:
         """Return what has a gradient, checked, by its device and whether it is capturable."""
@@ -196,7 +255,7 @@ class SparseOptimizer(Optimizer, ABC):
             self._refuse_options(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    update = Update(parameter, self.state[parameter], group)
+                    update = Update(parameter, self.state[parameter], group, self._state_names)
                     kind = parameter.device, bool(group["capturable"])
                     batches.setdefault(kind, []).append(update)
         for (device, capturable), updates in batches.items():
@@ -238,16 +297,19 @@ class SparseOptimizer(Optimizer, ABC):
         """Update one parameter with torch operations; the caller scatters."""
 
     @abstractmethod
-    def _update_compiled(
-        self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
-    ) -> None:
-        """Update and scatter all parameters of one device in one call."""
+    def _used_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the state that a step with a group's options reads."""
 
     @abstractmethod
-    def _update_capturable(
-        self, updates: list[Update], scaling: tuple[Tensor | None, Tensor | None]
-    ) -> None:
-        """Do the same with found_inf, grad_scale and all that changes read on the device."""
+    def _scalars(self, group: dict[str, Any], step: float, grad_scale: float) -> tuple[Any, ...]:
+        """Return the numbers of a row, in double: those of a group after so many steps."""
+
+    @abstractmethod
+    def _constant_scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the numbers of a capturable row; what its plan gives is 0."""
+
+    def _fill_plans(self, plans: np.ndarray, groups: list[dict[str, Any]]) -> None:
+        """Fill what a capturable row's numbers are computed from, beside step and lr."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with the fp32 masters of weights that hold fewer bits.

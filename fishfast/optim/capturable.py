@@ -19,7 +19,6 @@ from fishfast.optim.step_table import (
     CHUNK_DTYPE,
     chunk_table,
     device_and_stream,
-    fill_addresses,
     to_device,
 )
 from fishfast.optim.update import Update, is_capturing, refuse_in_capture
@@ -118,6 +117,7 @@ class Tables:
         plans: np.ndarray,
         updates: list[Update],
         scaling: tuple[Tensor | None, Tensor | None],
+        addressed: list[Tensor],
     ) -> None:
         """Update and scatter all parameters of one device, reading nothing on the host.
 
@@ -127,12 +127,14 @@ class Tables:
             plans: one per row: what the others are computed from.
             updates: the parameters.
             scaling: ``found_inf`` and ``grad_scale``.
+            addressed: tensors that only the rows know of.
         """
         device = updates[0].values.device
         extension = _backend.compiled()
         assert plans.itemsize == getattr(extension, f"{operation.upper()}_PLAN_BYTES")
         held = [_on(device, tensor) for tensor in scaling]
-        table = self._table(rows, plans, updates, device, extension.ENTRIES_PER_STEP_CHUNK)
+        entries = extension.ENTRIES_PER_STEP_CHUNK
+        table = self._table(rows, plans, updates, entries, addressed)
         grads = np.array([update.grad.data_ptr() for update in updates], np.uint64)
         inputs = (grads.ctypes.data, *(0 if t is None else t.data_ptr() for t in held))
         index, stream = device_and_stream(device)
@@ -144,15 +146,15 @@ class Tables:
         rows: np.ndarray,
         plans: np.ndarray,
         updates: list[Update],
-        device: torch.device,
         entries: int,
+        addressed: list[Tensor],
     ) -> _Table:
+        device = updates[0].values.device
         present = self._present.get(device)
         capturing = is_capturing()
         layout = [_layout(update) for update in updates]
         if present is None or present.layout != layout:
             refuse_in_capture("parameters, weights or what has a gradient changed")
-        held = fill_addresses(rows, updates)
         rows["grad"] = 0  # comes with the launch
         content = rows.tobytes() + plans.tobytes()
         if present is None or present.layout != layout or present.content != content:
@@ -162,7 +164,7 @@ class Tables:
             chunks = chunk_table(counts, entries, device, stream)
             present = self._present[device] = _Table(layout, content, rows, plans, chunks)
         if capturing:
-            held += [tensor for update in updates for tensor in update.state.values()]
+            held = [*addressed, *(tensor for update in updates for tensor in update.state.values())]
             held += [update.values.detach() for update in updates]
             self._captured.append((present, held, [update.group["lr"] for update in updates]))
         else:

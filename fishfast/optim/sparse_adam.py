@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fishfast.optim.base import SparseOptimizer
-from fishfast.optim.capturable import LEARNING_RATE_DTYPE, learning_rate, place_step
+from fishfast.optim.capturable import LEARNING_RATE_DTYPE, place_step
 from fishfast.optim.options import require_not_negative
-from fishfast.optim.step_table import fill_scalars, launch, row_dtype
-from fishfast.optim.update import Update, refuse_in_capture
+from fishfast.optim.step_table import row_dtype
+from fishfast.optim.update import Update, learning_rate_on_host, refuse_in_capture
 
 __all__ = ["Adam", "AdamW"]
 
@@ -22,14 +22,8 @@ _SCALARS = (
     "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "decay", "negative_step_size",
     "bias_correction2_sqrt", "grad_scale", "grad_sign", "l2_penalty",
 )  # fmt: skip
-_ROW_DTYPE = row_dtype(
-    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), [(name, "<f4") for name in _SCALARS]
-)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _ONE = torch.ones((), device="cpu")
-_PLAN_DTYPE = np.dtype(
-    [("step", "<u8"), ("lr", LEARNING_RATE_DTYPE)]
-    + [(name, "<f8") for name in ("beta1", "beta2", "weight_decay")]
-)
 
 
 class Adam(SparseOptimizer):
@@ -86,6 +80,12 @@ class Adam(SparseOptimizer):
     """
 
     _operation = "sparse_adam"
+    _state_names = _MOMENTS
+    _row = row_dtype(_MOMENTS, [(name, "<f4") for name in _SCALARS])
+    _plan = np.dtype(
+        [("step", "<u8"), ("lr", LEARNING_RATE_DTYPE)]
+        + [(name, "<f8") for name in ("beta1", "beta2", "weight_decay")]
+    )
     _numbers = ("lr", "eps", "weight_decay")
     _former_options = {
         "amsgrad": False, "maximize": False, "capturable": False, "decoupled_weight_decay": False,
@@ -126,7 +126,7 @@ class Adam(SparseOptimizer):
     def _advance(self, updates: list[Update]) -> None:
         for update in updates:
             place_step(update)
-            for name in _moments(update):
+            for name in self._used_states(update.group):
                 if name not in update.state:
                     refuse_in_capture("amsgrad changed")
                     update.state[name] = torch.zeros_like(
@@ -139,7 +139,8 @@ class Adam(SparseOptimizer):
 
     def _update_torch(self, update: Update, grad_scale: float) -> None:
         state, group, values = update.state, update.group, update.values
-        s = dict(zip(_SCALARS, _scalars(update, grad_scale), strict=True))
+        scalars = self._scalars(group, float(state["step"]), grad_scale)
+        s = dict(zip(_SCALARS, scalars, strict=True))
         grad = update.grad / grad_scale if grad_scale != 1.0 else update.grad
         grad = -grad if group["maximize"] else grad
         if s["l2_penalty"] != 0:
@@ -154,25 +155,22 @@ class Adam(SparseOptimizer):
         values.mul_(s["decay"])
         values.addcdiv_(state["exp_avg"], denominator, value=s["negative_step_size"])
 
-    def _update_compiled(
-        self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
-    ) -> None:
-        rows = _rows(updates)
-        steps = [float(update.state["step"]) for update in updates]
-        fill_scalars(rows, updates, lambda update: _scalars(update, grad_scale), steps)
-        launch(self._operation, rows, updates, device, backend)
+    def _used_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return _MOMENTS if group["amsgrad"] else _MOMENTS[:2]
 
-    def _update_capturable(
-        self, updates: list[Update], scaling: tuple[Tensor | None, Tensor | None]
-    ) -> None:
-        rows, plans = _rows(updates), np.zeros(len(updates), _PLAN_DTYPE)
-        fill_scalars(rows, updates, lambda update: _constant_scalars(update, 1.0))
-        plans["step"] = [update.state["step"].data_ptr() for update in updates]
-        plans["lr"] = [learning_rate(update) for update in updates]
-        groups = [update.group for update in updates]
+    def _scalars(self, group: dict[str, Any], step: float, grad_scale: float) -> tuple[Any, ...]:
+        """Return the numbers of a row; csrc/sparse_adam.h gives a capturable row the same bits."""
+        lr, (beta1, beta2) = learning_rate_on_host(group), group["betas"]
+        decay = float(1 - lr * group["weight_decay"]) if group["decoupled_weight_decay"] else 1.0
+        step_size = -float(lr / (1 - beta1**step))
+        return _all_scalars(group, decay, step_size, (1 - beta2**step) ** 0.5, grad_scale)
+
+    def _constant_scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return _all_scalars(group, 0.0, 0.0, 0.0, 1.0)
+
+    def _fill_plans(self, plans: np.ndarray, groups: list[dict[str, Any]]) -> None:
         plans["beta1"], plans["beta2"] = zip(*(group["betas"] for group in groups), strict=True)
         plans["weight_decay"] = [g["weight_decay"] * g["decoupled_weight_decay"] for g in groups]
-        self._tables.launch(self._operation, rows, plans, updates, scaling)
 
 
 class AdamW(Adam):
@@ -262,43 +260,14 @@ def _refuse_betas(betas: Any) -> None:
         raise ValueError(f"betas must be in [0, 1); got {betas}")
 
 
-def _moments(update: Update) -> tuple[str, ...]:
-    moments = ("exp_avg", "exp_avg_sq")
-    return (*moments, "max_exp_avg_sq") if update.group["amsgrad"] else moments
-
-
-def _rows(updates: list[Update]) -> np.ndarray:
-    """Return the table with the addresses of the state."""
-    rows = np.zeros(len(updates), _ROW_DTYPE)
-    for name in ("exp_avg", "exp_avg_sq"):
-        rows[name] = [update.state[name].data_ptr() for update in updates]
-    rows["max_exp_avg_sq"] = [
-        update.state["max_exp_avg_sq"].data_ptr() if update.group["amsgrad"] else 0
-        for update in updates
-    ]
-    return rows
-
-
-def _scalars(update: Update, grad_scale: float) -> tuple[float, ...]:
-    """Return the numbers of one parameter's step, in double, in the order of _SCALARS.
-
-    csrc/sparse_adam.h computes those of a capturable step, with the same bits.
-    """
-    group, lr = update.group, update.lr()
-    beta1, beta2 = group["betas"]
-    step = float(update.state["step"])
-    decay = float(1 - lr * group["weight_decay"]) if group["decoupled_weight_decay"] else 1.0
-    return _constant_scalars(
-        update, grad_scale, (decay, -float(lr / (1 - beta1**step)), (1 - beta2**step) ** 0.5)
-    )
-
-
-def _constant_scalars(
-    update: Update, grad_scale: float, varying: tuple[float, float, float] = (0.0, 0.0, 0.0)
-) -> tuple[float, ...]:
-    """Return the same with the three numbers that depend on learning rate or step put in."""
-    group = update.group
+def _all_scalars(
+    group: dict[str, Any], decay: float, step_size: float, correction: float, grad_scale: float
+) -> tuple[Any, ...]:
+    """Return the numbers of a row in the order of _SCALARS, of which three depend on the step."""
     beta1, beta2 = group["betas"]
     sign = -1.0 if group["maximize"] else 1.0
     l2_penalty = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
-    return (1 - beta1, beta2, 1 - beta2, group["eps"], *varying, grad_scale, sign, l2_penalty)
+    return (
+        1 - beta1, beta2, 1 - beta2, group["eps"], decay, step_size, correction, grad_scale, sign,
+        l2_penalty,
+    )  # fmt: skip

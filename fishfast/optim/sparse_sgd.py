@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fishfast.optim.base import SparseOptimizer
-from fishfast.optim.capturable import LEARNING_RATE_DTYPE, learning_rate, place_step
+from fishfast.optim.capturable import LEARNING_RATE_DTYPE, place_step
 from fishfast.optim.options import require_not_negative
-from fishfast.optim.step_table import fill_scalars, launch, row_dtype
-from fishfast.optim.update import Update, refuse_in_capture
+from fishfast.optim.step_table import row_dtype
+from fishfast.optim.update import Update, learning_rate_on_host, refuse_in_capture
 
 __all__ = ["SGD"]
 
@@ -23,8 +23,6 @@ _SCALARS = [
     *((name, "<f4") for name in ("grad_scale", "grad_sign")),
     *((name, "<i4") for name in ("nesterov", "first_step")),
 ]
-_ROW_DTYPE = row_dtype(("momentum_buffer",), _SCALARS)
-_PLAN_DTYPE = np.dtype([("step", "<u8"), ("lr", LEARNING_RATE_DTYPE)])
 
 
 class SGD(SparseOptimizer):
@@ -76,6 +74,9 @@ class SGD(SparseOptimizer):
     """
 
     _operation = "sparse_sgd"
+    _state_names = ("momentum_buffer",)
+    _row = row_dtype(_state_names, _SCALARS)
+    _plan = np.dtype([("step", "<u8"), ("lr", LEARNING_RATE_DTYPE)])
     _numbers = ("lr", "momentum", "dampening", "weight_decay")
     _former_options = {"nesterov": False, "maximize": False, "capturable": False}
 
@@ -143,31 +144,25 @@ class SGD(SparseOptimizer):
             else:
                 buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
             grad = grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-        values.add_(grad, alpha=-float(update.lr()))
+        values.add_(grad, alpha=-float(learning_rate_on_host(group)))
 
-    def _update_compiled(
-        self, updates: list[Update], grad_scale: float, device: torch.device, backend: str
-    ) -> None:
+    def _used_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._state_names if group["momentum"] != 0 else ()
+
+    def _rows(self, updates: list[Update], grad_scale: float) -> tuple[np.ndarray, list[Tensor]]:
         first_steps = [update.state.get("momentum_buffer") is None for update in updates]
         for update, first_step in zip(updates, first_steps, strict=True):
             if update.group["momentum"] != 0 and first_step:
                 update.state["momentum_buffer"] = _new_buffer(update)
-        rows = _rows(updates)
-        fill_scalars(rows, updates, lambda update: _scalars(update, grad_scale))
+        rows, held = super()._rows(updates, grad_scale)
         rows["scalars"]["first_step"] = first_steps
-        launch(self._operation, rows, updates, device, backend)
+        return rows, held
 
-    def _update_capturable(
-        self, updates: list[Update], scaling: tuple[Tensor | None, Tensor | None]
-    ) -> None:
-        rows, plans = _rows(updates), np.zeros(len(updates), _PLAN_DTYPE)
-        fill_scalars(rows, updates, lambda update: _scalars(update, 1.0, negative_lr=0.0))
-        plans["step"] = [
-            update.state["step"].data_ptr() if update.group["momentum"] != 0 else 0
-            for update in updates
-        ]
-        plans["lr"] = [learning_rate(update) for update in updates]
-        self._tables.launch(self._operation, rows, plans, updates, scaling)
+    def _scalars(self, group: dict[str, Any], step: float, grad_scale: float) -> tuple[Any, ...]:
+        return _all_scalars(group, -float(learning_rate_on_host(group)), grad_scale)
+
+    def _constant_scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return _all_scalars(group, 0.0, 1.0)
 
 
 def _as_torch_has_it(state: dict[str, Any]) -> dict[str, Any]:
@@ -183,24 +178,10 @@ def _new_buffer(update: Update) -> Tensor:
     return torch.zeros_like(update.values, memory_format=torch.contiguous_format)
 
 
-def _rows(updates: list[Update]) -> np.ndarray:
-    """Return the table with the addresses of the state."""
-    rows = np.zeros(len(updates), _ROW_DTYPE)
-    rows["momentum_buffer"] = [
-        update.state["momentum_buffer"].data_ptr() if update.group["momentum"] != 0 else 0
-        for update in updates
-    ]
-    return rows
-
-
-def _scalars(
-    update: Update, grad_scale: float, negative_lr: float | None = None
-) -> tuple[float, ...]:
-    """Return the numbers of a group's step, in double, in the order of _SCALARS."""
-    group = update.group
+def _all_scalars(group: dict[str, Any], negative_lr: float, grad_scale: float) -> tuple[Any, ...]:
+    """Return the numbers of a row in the order of _SCALARS, of any step but the first."""
     sign, first_step = -1.0 if group["maximize"] else 1.0, 0
     return (
-        -float(update.lr()) if negative_lr is None else negative_lr,
-        group["momentum"], 1 - group["dampening"], group["weight_decay"],
+        negative_lr, group["momentum"], 1 - group["dampening"], group["weight_decay"],
         grad_scale, sign, group["nesterov"], first_step,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,25 +12,22 @@ from torch import Tensor
 
 from fishfast import _backend
 from fishfast.optim.update import Update
+from fishfast.training.values.write_values import TARGET_DTYPE
 
 __all__ = [
     "CHUNK_DTYPE",
     "chunk_table",
     "device_and_stream",
-    "fill_addresses",
     "fill_scalars",
     "launch",
+    "make_rows",
     "row_dtype",
     "to_device",
 ]
 
-# csrc/launch.h, structs ScatterTarget and StepChunk; the storage codes are csrc/storage.h's.
-_TARGET_DTYPE = np.dtype(
-    [("weight", "<u8"), ("offsets", "<u8"), ("storage", "<i4"), ("wide_offsets", "<i4")]
-)
+# csrc/launch.h, struct StepChunk.
 CHUNK_DTYPE = np.dtype([("start", "<i8"), ("row", "<i8")])
 _TIME = 8.0  # nanoseconds for an entry, most of them for its weight from memory
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def row_dtype(states: tuple[str, ...], scalars: list[tuple[str, str]]) -> np.dtype:
@@ -40,13 +38,37 @@ def row_dtype(states: tuple[str, ...], scalars: list[tuple[str, str]]) -> np.dty
         scalars: names and types of the numbers of a step.
     """
     pointers = [(name, "<u8") for name in ("grad", "values", *states)]
-    return np.dtype([("target", _TARGET_DTYPE), *pointers, ("k", "<i8"), ("scalars", scalars)])
+    return np.dtype([("target", TARGET_DTYPE), *pointers, ("k", "<i8"), ("scalars", scalars)])
+
+
+def make_rows(
+    row: np.dtype,
+    updates: list[Update],
+    used_states: Callable[[dict[str, Any]], tuple[str, ...]],
+    state_names: tuple[str, ...],
+) -> tuple[np.ndarray, list[Tensor]]:
+    """Return the table with all addresses, and tensors to keep until it was read.
+
+    Args:
+        row: the record type, from `row_dtype`.
+        updates: the parameters.
+        used_states: gives the names of the state that a step with a group's options reads.
+        state_names: all of them.
+    """
+    rows = np.zeros(len(updates), row)
+    used = {id(update.group): used_states(update.group) for update in updates}
+    for name in state_names:
+        rows[name] = [
+            update.state[name].data_ptr() if name in used[id(update.group)] else 0
+            for update in updates
+        ]
+    return rows, _fill_addresses(rows, updates)
 
 
 def fill_scalars(
     rows: np.ndarray,
     updates: list[Update],
-    scalars_of: Callable[[Update], tuple[float, ...]],
+    scalars_of: Callable[[dict[str, Any], float], tuple[Any, ...]],
     steps: list[float] | None = None,
 ) -> None:
     """Fill the numbers of a step, computed once per group and step count.
@@ -54,37 +76,35 @@ def fill_scalars(
     Args:
         rows: one per update.
         updates: the parameters.
-        scalars_of: gives the numbers of an update.
+        scalars_of: gives the numbers for a group and a step count.
         steps: how many steps each has taken, if they depend on it.
     """
-    known: dict[tuple[int, float], tuple[float, ...]] = {}
+    known: dict[tuple[int, float], tuple[Any, ...]] = {}
     filled = []
     for update, step in zip(updates, steps or [0.0] * len(updates), strict=True):
         key = (id(update.group), step)
         if key not in known:  # a group's parameters have nearly always taken the same steps
-            known[key] = scalars_of(update)
+            known[key] = scalars_of(update.group, step)
         filled.append(known[key])
     # Whole columns: numpy takes 5 us to fill one record.
     rows["scalars"] = filled if len(known) > 1 else filled[0]
 
 
 def launch(
-    operation: str, rows: np.ndarray, updates: list[Update], device: torch.device, backend: str
+    operation: str, rows: np.ndarray, counts: tuple[int, ...], device: torch.device, backend: str
 ) -> None:
     """Update and scatter all parameters of one device.
 
     Args:
         operation: ``"sparse_adam"`` or ``"sparse_sgd"``.
-        rows: one per update, state and scalars filled.
-        updates: the parameters.
+        rows: one per parameter, filled. Those with ``k`` 0 are skipped.
+        counts: how many values each row has, or had, at most.
         device: where they are.
         backend: ``"cpu"`` or ``"cuda"``.
     """
-    held = fill_addresses(rows, updates)
     extension = _backend.compiled()
     assert rows.itemsize == getattr(extension, f"{operation.upper()}_ROW_BYTES")
     call = getattr(extension, f"{operation}_{backend}")
-    counts = tuple(update.plain.numel() for update in updates)
     if backend == "cpu":
         call(rows.ctypes.data, len(rows), _backend.num_threads(sum(counts) * _TIME))
         return
@@ -93,7 +113,6 @@ def launch(
     table = to_device(rows, device)
     num_chunks = chunks.numel() // CHUNK_DTYPE.itemsize
     call(table.data_ptr(), chunks.data_ptr(), num_chunks, index, stream)
-    del held  # the stream orders their reuse after the kernel
 
 
 def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
@@ -106,7 +125,7 @@ def device_and_stream(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
+def _fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
     """Fill the columns that all rows have; return tensors to keep until the launch."""
     held: list[Tensor] = []
     targets = []
@@ -116,7 +135,7 @@ def fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
             continue
         offsets = update.target.offsets(update.weight)
         held.append(offsets)
-        storage, wide = _STORAGE[update.weight.dtype], offsets.dtype == torch.int64
+        storage, wide = _backend.STORAGE[update.weight.dtype], offsets.dtype == torch.int64
         targets.append((update.weight.data_ptr(), offsets.data_ptr(), storage, wide))
     rows["target"] = targets
     rows["grad"] = [update.grad.data_ptr() for update in updates]

@@ -7,20 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishfast import _backend
 from fishfast.training.gradient.tapped_module import CompactParameter
 from fishfast.training.values.target import Target
 
-__all__ = ["Update", "count_versions", "is_capturing", "refuse_in_capture", "refuse_not_finite"]
-
-# What a step reads besides the gradient, by address.
-_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-# Dtypes that a masked weight may have.
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = [
+    "Update",
+    "count_versions",
+    "is_capturing",
+    "learning_rate_on_host",
+    "refuse_in_capture",
+    "refuse_not_finite",
+]
 
 
 def is_capturing() -> bool:
     """Return whether the present stream records a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def learning_rate_on_host(group: dict[str, Any]) -> Any:
+    """Return the learning rate of a group; one on a GPU costs a synchronisation.
+
+    A tensor stays one: what torch computes from it is rounded to its dtype.
+    """
+    lr = group["lr"]
+    return lr.cpu() if isinstance(lr, Tensor) else lr
 
 
 def refuse_in_capture(what: str) -> None:
@@ -51,11 +63,23 @@ class Update:
         target: where the values go; None for a plain parameter.
         weight: the target's weight.
         is_stale: the weight was replaced or written to since the values were in it.
+
+    Args:
+        values: becomes the attribute; so do ``state`` and ``group``.
+        state: the optimizer's, of this parameter.
+        group: its param group.
+        state_names: of the state that kernels read by address, which must fit the values.
     """
 
     __slots__ = ("grad", "group", "is_stale", "plain", "state", "target", "values", "weight")
 
-    def __init__(self, values: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        state_names: tuple[str, ...],
+    ) -> None:
         grad = values.grad
         assert grad is not None
         if grad.layout != torch.strided or grad.dtype != torch.float32:
@@ -79,7 +103,7 @@ class Update:
         device = plain.device
         if target is not None:
             self.weight = weight = target.weight()
-            if weight.dtype not in _WEIGHT_DTYPES:
+            if weight.dtype not in _backend.STORAGE:
                 raise RuntimeError(
                     "masked weights must be float32, bfloat16 or float16; the model was moved to "
                     f"{weight.dtype} after train_only"
@@ -94,6 +118,11 @@ class Update:
                 refuse_in_capture("a weight was written to or replaced")
 
         k = plain.numel()
+        if grad.device != device:
+            raise RuntimeError(
+                f"gradients must be where their parameter is; got one on {grad.device} and "
+                f"{self.name()} on {device}; call zero_grad() after moving the model"
+            )
         if grad.numel() != k:
             raise RuntimeError(
                 f"gradients must have their parameter's shape {tuple(values.shape)}; got "
@@ -111,7 +140,7 @@ class Update:
                 and value.numel() == k
                 and value.is_contiguous()
                 and value.device == device
-            ):
+            ) and (name in state_names and value is not None):  # else a user's, or none yet
                 self._refuse_state(name, value)
 
     def _refuse_step(self, value: Any) -> None:
@@ -126,8 +155,6 @@ class Update:
 
     def _refuse_state(self, name: str, value: Any) -> None:
         """Refuse a tensor that a step would read past its end or as what it is not."""
-        if name not in _STATE or value is None:  # a user's, or SGD's without momentum
-            return
         if isinstance(value, Tensor) and value.device != self.values.device:
             raise RuntimeError(
                 f"state must be where its parameter is; got {name!r} on {value.device} and a "
@@ -138,14 +165,6 @@ class Update:
             f" got {name!r} {_form(value)} for parameter {self.name()}; keep it as the optimizer "
             "made it"
         )
-
-    def lr(self) -> Any:
-        """Return the learning rate; one on a GPU costs a synchronisation.
-
-        A tensor stays one: what torch computes from it is rounded to its dtype.
-        """
-        lr = self.group["lr"]
-        return lr.cpu() if isinstance(lr, Tensor) else lr
 
     def name(self) -> str:
         """Return how to call the parameter in an error: by its weight's name in the model."""

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fishfast import _backend
 from fishfast.files.stored_tensors import StoredTensor
 
-__all__ = ["STORAGE", "BadScore", "Scores", "check_scores"]
-
-# Score dtypes, and their codes in csrc/storage.h.
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+__all__ = ["BadScore", "Scores", "check_scores"]
 
 Scores = Tensor | StoredTensor
 
@@ -47,7 +45,7 @@ def check_scores(scores: Mapping[str, Scores]) -> torch.device:
         got: object = None
         if not isinstance(score, (Tensor, StoredTensor)):
             got = type(score).__name__
-        elif score.dtype not in STORAGE:
+        elif score.dtype not in _backend.STORAGE:
             got = score.dtype
         elif isinstance(score, Tensor) and score.layout != torch.strided:
             got = score.layout

@@ -35,7 +35,7 @@ __all__ = ["is_traced", "masked_grad"]
 
 _TIME = 0.05  # nanoseconds for a product
 _TOKEN_TIME = 1.0  # nanoseconds for an entry of a token's row
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/storage.h
+_STORAGE = _backend.STORAGE
 
 
 def masked_grad(

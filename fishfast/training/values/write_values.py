@@ -11,14 +11,13 @@ from torch import Tensor
 from fishfast import _backend
 from fishfast.training.values.target import Target
 
-__all__ = ["STORAGE", "TARGET_DTYPE", "write_values"]
+__all__ = ["TARGET_DTYPE", "write_values"]
 
-# csrc/launch.h, structs ScatterTarget and WriteRow; the storage codes are csrc/storage.h's.
+# csrc/launch.h, structs ScatterTarget and WriteRow.
 TARGET_DTYPE = np.dtype(
     [("weight", "<u8"), ("offsets", "<u8"), ("storage", "<i4"), ("wide_offsets", "<i4")]
 )
 _ROW_DTYPE = np.dtype([("target", TARGET_DTYPE), ("values", "<u8"), ("k", "<i8")])
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TIME = 4.0  # nanoseconds for an entry
 
 
@@ -52,7 +51,7 @@ def _is_compiled_for(values: Tensor, weight: Tensor) -> bool:
         and values.device.type == weight.device.type == "cpu"
         and values.dtype == torch.float32
         and values.is_contiguous()
-        and weight.dtype in STORAGE
+        and weight.dtype in _backend.STORAGE
         and _backend.choose("write_values", weight.device) == "cpu"
     )
 
@@ -60,8 +59,9 @@ def _is_compiled_for(values: Tensor, weight: Tensor) -> bool:
 def _write_compiled(places: list[tuple[Tensor, Target, Tensor]]) -> None:
     rows = np.zeros(len(places), _ROW_DTYPE)
     offsets = [target.offsets(weight) for _, target, weight in places]
+    wide = torch.int64
     rows["target"] = [
-        (weight.data_ptr(), where.data_ptr(), STORAGE[weight.dtype], where.dtype == torch.int64)
+        (weight.data_ptr(), where.data_ptr(), _backend.STORAGE[weight.dtype], where.dtype == wide)
         for where, (_, _, weight) in zip(offsets, places, strict=True)
     ]
     rows["values"] = [values.data_ptr() for values, _, _ in places]
