@@ -121,10 +121,9 @@ def masked_entries(shape: torch.Size, style: str) -> Tensor:
 
 
 def tuned_layer(layer: nn.Module, style: str) -> ff.SparseTuning:
-    """Train some entries of the weight."""
-    return ff.train_only(
-        layer, mask_of(layer, {"weight": masked_entries(layer.weight.shape, style)})
-    )
+    """Train some entries of the weight, without its dense gradient."""
+    mask = mask_of(layer, {"weight": masked_entries(layer.weight.shape, style)})
+    return ff.train_only(layer, mask, dense_gradient_limit=0)
 
 
 def cotangent(out: Tensor) -> Tensor:

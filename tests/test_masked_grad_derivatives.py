@@ -24,7 +24,7 @@ def assert_as_dense(
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     run(plain, data)
     run(exact, data.double())
-    ff.train_only(model, weights_mask(model, style))
+    ff.train_only(model, weights_mask(model, style), dense_gradient_limit=0)
     run(model, data)
     assert_all(
         model,
@@ -64,7 +64,7 @@ def test_loss_of_higher_derivatives_of_the_input(name: str, order: int) -> None:
 
 def test_the_gradient_of_the_values_is_not_differentiated_silently() -> None:
     model, data = built("deep")
-    tuned = ff.train_only(model, weights_mask(model))
+    tuned = ff.train_only(model, weights_mask(model), dense_gradient_limit=0)
     loss = model(data).square().sum()
     grads = torch.autograd.grad(loss, list(tuned.parameters()), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -78,7 +78,7 @@ def test_the_gradient_of_the_values_is_not_differentiated_silently() -> None:
 @pytest.mark.parametrize("style", ["few", "few rows"])
 def test_per_sample_gradients(name: str, style: str) -> None:
     model, data = built(name)
-    tuned = ff.train_only(model, weights_mask(model, style))
+    tuned = ff.train_only(model, weights_mask(model, style), dense_gradient_limit=0)
     parameters = dict(model.named_parameters())
 
     def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fishfast as ff
 from fishfast.training.gradient import chunks as masked_grad_plan
-from fishfast.training.gradient.weight_tap import GradientTap
+from fishfast.training.gradient.weight_tap import KeptTap
 
 
 @pytest.mark.parametrize("style", ["few", "few rows", "all"])
@@ -39,7 +40,7 @@ from fishfast.training.gradient.weight_tap import GradientTap
 def test_gradients_of_a_model(name: str, style: str) -> None:
     model, data = built(name)
     by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
-    ff.train_only(model, weights_mask(model, style))
+    ff.train_only(model, weights_mask(model, style), dense_gradient_limit=0)
     model(data).square().sum().backward()
     assert_all(model, by_torch, exact)
 
@@ -68,7 +69,7 @@ def test_a_masked_bias_of_a_convolution(layer: type[nn.Module], batched: bool) -
     by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
     biases = {"0.bias": torch.arange(0, 20, 2, dtype=torch.int32), "2.bias": torch.arange(6)}
     weights = weights_mask(model)
-    ff.train_only(model, mask_of(model, {**weights, **biases}))
+    ff.train_only(model, mask_of(model, {**weights, **biases}), dense_gradient_limit=0)
     with Products() as products:
         model(data).square().sum().backward()
     assert_all(model, by_torch, exact)
@@ -84,7 +85,7 @@ def test_a_convolution_with_plain_numbers() -> None:
     model = nn.Conv2d(3, 10, 3)
     model.stride, model.padding, model.dilation = 2, 1, 2
     by_torch, exact = (dense(model, IMAGES, dtype) for dtype in (torch.float32, torch.float64))
-    ff.train_only(model, weights_mask(model))
+    ff.train_only(model, weights_mask(model), dense_gradient_limit=0)
     model(IMAGES).square().sum().backward()
     assert_all(model, by_torch, exact)
 
@@ -97,7 +98,7 @@ def test_compiled_model(name: str) -> None:
     model, data = built(name)
     by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
     another = weights_mask(model, "few rows")
-    tuned = ff.train_only(model, weights_mask(model))
+    tuned = ff.train_only(model, weights_mask(model), dense_gradient_limit=0)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(data).square().sum().backward()
@@ -121,7 +122,7 @@ def test_autocast_keeps_inputs_in_its_dtype_and_sums_in_fp32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = plain(data)
         out.float().square().sum().backward()
-        ff.train_only(model, weights_mask(model))
+        ff.train_only(model, weights_mask(model), dense_gradient_limit=0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             assert same_bits(model(data), out)
         model(data).float().square().sum().backward()
@@ -194,7 +195,7 @@ def test_layer_keeps_its_input_only_for_masked_entries(name: str) -> None:
 def test_copy_has_its_own_plan(name: str, copied: Callable[[Any], Any]) -> None:
     model, data = built(name)
     by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
-    ff.train_only(model, weights_mask(model, "few rows"))
+    ff.train_only(model, weights_mask(model, "few rows"), dense_gradient_limit=0)
     other = copied(model)
     other(data).square().sum().backward()
     assert_all(other, by_torch, exact)
@@ -205,7 +206,7 @@ def test_another_mask_and_the_released_model() -> None:
     model, data = built("deep")
     by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
     another = weights_mask(model, "few columns")
-    tuned = ff.train_only(model, weights_mask(model, "few"))
+    tuned = ff.train_only(model, weights_mask(model, "few"), dense_gradient_limit=0)
     model(data).square().sum().backward()
     tuned.remask(another)
     with tuned.released() as plain:
@@ -260,34 +261,35 @@ class Renamed(nn.Linear):
     """A subclass that changes nothing."""
 
 
-ROADS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
-    "own forward": (lambda: OwnForward(6, 5), X, "tap"),
-    "own conv": (lambda: OwnConv(3, 4, 3), IMAGES, "tap"),
-    "renamed": (lambda: Renamed(6, 5), X, "rows"),
-    "transposed conv": (lambda: nn.ConvTranspose2d(3, 4, 3), IMAGES, "tap"),
-    "scale_grad_by_freq": (lambda: nn.Embedding(11, 6, scale_grad_by_freq=True), TOKENS, "tap"),
-    "tied to attention": (TiedToAttention, X, "rows, tap"),
-    "tied": (TiedNet, TOKENS, "rows"),
+DENSE, OWN = "picked from the dense gradient", "products|sums"
+WAYS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    "own forward": (lambda: OwnForward(6, 5), X, DENSE),
+    "own conv": (lambda: OwnConv(3, 4, 3), IMAGES, DENSE),
+    "renamed": (lambda: Renamed(6, 5), X, OWN),
+    "transposed conv": (lambda: nn.ConvTranspose2d(3, 4, 3), IMAGES, DENSE),
+    "scale_grad_by_freq": (lambda: nn.Embedding(11, 6, scale_grad_by_freq=True), TOKENS, DENSE),
+    "tied to attention": (TiedToAttention, X, f"{DENSE}; ({OWN})"),
+    "tied": (TiedNet, TOKENS, f"({OWN}).*; sums over the batch's tokens"),
 }
 
 
-@pytest.mark.parametrize("name", ROADS)
-def test_report_names_the_road(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, data, road = ROADS[name]
+@pytest.mark.parametrize("name", WAYS)
+def test_report_names_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, data, way = WAYS[name]
     torch.manual_seed(0)
     model = make()
     by_torch, exact = (dense(model, data, dtype) for dtype in (torch.float32, torch.float64))
-    tuned = ff.train_only(model, weights_mask(model))
+    tuned = ff.train_only(model, weights_mask(model), dense_gradient_limit=0)
     (line,) = [
-        line for line in tuned.report().splitlines() if line.endswith(("tap", "rows"))
+        line for line in tuned.report().splitlines() if "float32" in line
         and ("attention.out_proj.weight" in line or name != "tied to attention")
     ]  # fmt: skip
-    assert line.split("  ")[-1].strip() == road
+    assert re.match(way, re.split("  +", line)[-1].strip())
     taps: list[int] = []
-    apply = GradientTap.apply
-    monkeypatch.setattr(GradientTap, "apply", lambda *args: taps.append(1) or apply(*args))
+    apply = KeptTap.apply
+    monkeypatch.setattr(KeptTap, "apply", lambda *args: taps.append(1) or apply(*args))
     model(data).square().sum().backward()
-    assert bool(taps) == ("tap" in road)
+    assert bool(taps) == (DENSE in way)
     assert_all(model, by_torch, exact)
 
 
@@ -295,7 +297,7 @@ def test_option_that_leaves_the_road_is_seen_in_each_call() -> None:
     layer, plain = nn.Embedding(11, 6), nn.Embedding(11, 6, scale_grad_by_freq=True)
     tuned = tuned_layer(layer, "some")
     layer.scale_grad_by_freq = True
-    assert tuned.report().endswith("tap")
+    assert tuned.report().endswith(DENSE)
     for module in (layer, plain):
         module(TOKENS).sum().backward()
     (values,) = tuned.parameters()
@@ -307,14 +309,14 @@ def test_wrapped_forward_is_recognised() -> None:
     layer = nn.Linear(6, 5)
     found = layer.forward
     layer.forward = functools.update_wrapper(functools.partial(found), found)
-    assert tuned_layer(layer, "few").report().endswith("tap")
+    assert tuned_layer(layer, "few").report().endswith(DENSE)
     layer(X).sum().backward()
 
     layer = nn.Linear(6, 5)
     tuned = tuned_layer(layer, "few")
     ours = layer.forward
     layer.forward = functools.update_wrapper(functools.partial(ours), ours)
-    assert tuned.report().endswith("rows")
+    assert not tuned.report().endswith(DENSE)
     layer(X).sum().backward()
     assert next(tuned.parameters()).grad.any()
 

@@ -14,7 +14,7 @@ from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.attach import Attachment, attach
 from fishfast.training.base_identity import BaseIdentity
 from fishfast.training.disabled import base_model
-from fishfast.training.gradient.layers import road
+from fishfast.training.gradient.layers import way
 from fishfast.training.gradient.tapped_module import (
     VALUES_SUFFIX,
     CompactParameter,
@@ -49,10 +49,12 @@ class SparseTuning(TuningState):
         return f"SparseTuning({type(self.model).__name__}, {self.mask!r})"
 
     def report(self) -> str:
-        """Return a table: each trained weight, its dtype, and the road of its gradient.
+        """Return a table: each trained weight, its dtype, and how its gradient is computed.
 
-        On ``rows`` (linear, convolution and embedding layers) no dense gradient is made; on the
-        ``tap`` it lives for a moment. A weight of several modules may have both.
+        "picked from the dense gradient": a dense gradient of this weight lives for a moment in
+        backward, one at a time; never above ``dense_gradient_limit`` in linear and convolution
+        layers. "sums over ..." and "products of ..." name what is computed instead, and from how
+        many numbers in the layer's input on. A weight of several modules may have several ways.
 
         Raises:
             RuntimeError: a weight was tied or untied after `train_only`.
@@ -61,12 +63,12 @@ class SparseTuning(TuningState):
         rows = [
             (
                 name.removesuffix(VALUES_SUFFIX), str(p.target.weight().dtype), f"{len(p):,}",
-                road(p.target),
+                way(p.target),
             )
             for name, p in self.named_parameters()
         ]  # fmt: skip
         table = tabulate(
-            rows, headers=("parameter", "dtype", "trained", "road"), disable_numparse=True,
+            rows, headers=("parameter", "dtype", "trained", "gradient"), disable_numparse=True,
             colalign=("left", "left", "right", "left"),
         )  # fmt: skip
         if self.trained_mask == self.mask:

@@ -55,6 +55,8 @@ def remask(
     refuse_later_ties(model)
     mask.check_fits(model)
     targets = find_targets(model, mask)
+    for target in targets:
+        target.dense_gradient_limit = tuned.dense_gradient_limit
     _refuse_unwritten(tuned)
 
     union = _union(tuned.trained_mask, mask)

@@ -10,6 +10,7 @@ from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.base_identity import BaseIdentity
 from fishfast.training.gradient.tapped_module import CompactParameter, compact_parameters
 from fishfast.training.targets import refuse_later_ties, selected_values
+from fishfast.training.values.target import DENSE_GRADIENT_LIMIT
 
 __all__ = ["TuningState"]
 
@@ -23,15 +24,22 @@ class TuningState:
         trained_mask: the union of all masks so far: what a delta holds.
         base: the hashes of the model before training.
         base_values: the base's weights under ``trained_mask``, on the CPU.
+        dense_gradient_limit: of `train_only`, in bytes.
     """
 
     def __init__(
-        self, model: nn.Module, mask: SparseMask, base: BaseIdentity, trainable: dict[str, bool]
+        self,
+        model: nn.Module,
+        mask: SparseMask,
+        base: BaseIdentity,
+        trainable: dict[str, bool],
+        dense_gradient_limit: int = DENSE_GRADIENT_LIMIT,
     ) -> None:
         self.model, self.mask, self.base = model, mask, base
         self.trained_mask = mask
         # On the CPU, in the weights' dtype: what remask(on_leave="restore") puts back.
         self.base_values = selected_values(model, mask)
+        self.dense_gradient_limit = dense_gradient_limit
         self._trainable = trainable  # requires_grad of every parameter before train_only
 
     def named_parameters(self) -> Iterator[tuple[str, CompactParameter]]:

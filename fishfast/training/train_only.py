@@ -12,11 +12,14 @@ from fishfast.training.base_identity import BaseIdentity
 from fishfast.training.gradient.tapped_module import compact_parameters, tap, untap
 from fishfast.training.handle import SparseTuning
 from fishfast.training.targets import find_targets, refuse_outside_owners
+from fishfast.training.values.target import DENSE_GRADIENT_LIMIT
 
 __all__ = ["train_only"]
 
 
-def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
+def train_only(
+    model: nn.Module, mask: SparseMask, *, dense_gradient_limit: int = DENSE_GRADIENT_LIMIT
+) -> SparseTuning:
     """Freeze a model but for the weights of a mask, which become compact fp32 parameters.
 
     Every weight gets ``requires_grad=False``; next to each masked one its k values are registered
@@ -30,15 +33,21 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
         model: changed in place; fp32, bf16 or fp16 weights. Of ``torch.compile(model)`` the model
             inside is taken, and the mask has its names.
         mask: which weights to train.
+        dense_gradient_limit: bytes, default 64 MiB. In backward a linear or convolution layer may
+            make the dense gradient of its weight, and pick the masked entries out of it, where that
+            is fastest and the weight has at most so many bytes; one such gradient lives at a time.
+            0: never. ``tuned.report()`` names the way of each weight.
 
     Returns:
         The handle: ``tuned.parameters()`` for the optimizer, ``attach``, ``release``.
 
     Raises:
-        TypeError: ``mask`` is not a `SparseMask`, or ``model`` no module, or a scripted one.
-        ValueError: a mask that selects nothing or does not fit the model; a weight whose dtype or
-            memory cannot be trained so, that is lazy, or that a module outside of the model holds,
-            too; a model in DistributedDataParallel, which comes later. The model is left as it was.
+        TypeError: ``mask`` is not a `SparseMask`, ``dense_gradient_limit`` no integer, or ``model``
+            no module, or a scripted one.
+        ValueError: a negative limit; a mask that selects nothing or does not fit the model; a
+            weight whose dtype or memory cannot be trained so, that is lazy, or that a module
+            outside of the model holds, too; a model in DistributedDataParallel, which comes later.
+            The model is left as it was.
         RuntimeError: the model has a mask already, or the call is in inference mode.
 
     Example:
@@ -57,6 +66,7 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
         raise TypeError("model must not hold torch.jit modules; train before scripting it")
     if not isinstance(mask, SparseMask):
         raise TypeError(f"mask must be a SparseMask; got {type(mask).__name__}; see top_k_mask")
+    _check_limit(dense_gradient_limit)
     if next(compact_parameters(model), None) is not None:
         raise RuntimeError("model has a mask already; call release() on its handle first")
     if mask.num_selected == 0:
@@ -70,6 +80,8 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
     mask.check_fits(model)
     targets = find_targets(model, mask)
     refuse_outside_owners(model, targets)
+    for target in targets:
+        target.dense_gradient_limit = dense_gradient_limit
     base = BaseIdentity.of(model, mask)
 
     trainable = {
@@ -85,4 +97,16 @@ def train_only(model: nn.Module, mask: SparseMask) -> SparseTuning:
     for parameter in frozen:
         parameter.requires_grad_(False)
         parameter.grad = None  # a frozen weight's gradient would only hold memory
-    return SparseTuning(model, mask, base, trainable)
+    return SparseTuning(model, mask, base, trainable, dense_gradient_limit)
+
+
+def _check_limit(limit: int) -> None:
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(
+            f"dense_gradient_limit must be an integer, in bytes; got {type(limit).__name__}"
+        )
+    if limit < 0:
+        raise ValueError(
+            f"dense_gradient_limit must be at least 0; got {limit}; with 0 linear and convolution "
+            "layers make no dense gradient"
+        )

@@ -1,19 +1,21 @@
-"""Which rows of a masked weight's gradient are computed together, and where its entries lie.
+"""How the gradient of a masked weight is computed: by which arithmetic, and what that costs.
 
-Made once, when the weight is masked: all of it is known then, so that a backward has shapes that do
-not depend on what is on the device, waits for nothing, and can be captured in a CUDA graph.
+A `Plan` is made once, when the weight is masked: all of it is known then, so that a backward has
+shapes that do not depend on what is on the device, waits for nothing, and can be captured in a CUDA
+graph. `fishfast.training.gradient.costs` counts; here stands which rows of the gradient are
+computed together, and where the masked entries lie.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fishfast import _backend
+from fishfast.training.gradient.costs import FEW, NEVER, Costs, as_matrix_of, occurring
 
 __all__ = ["Plan", "plan_chunks", "quadruples"]
 
@@ -21,13 +23,6 @@ __all__ = ["Plan", "plan_chunks", "quadruples"]
 # an H100) beside the operands that stream through, and 1024 rows of 4096 columns are tiles enough
 # for every multiprocessor. A CPU's share of the last-level cache is smaller.
 _SCRATCH_BYTES = {"cuda": 2**24, "cpu": 2**22}
-# Rows or columns are copied together when at most this part of them has masked entries. At a half
-# the product then takes 0.6 of its time on a CPU, at 0.9 the copies cost what it saves; by counted
-# bytes and flops a GPU breaks even near 0.75.
-_FEW = 0.75
-# On the CPU, the part of the weight up to which k sums are taken one by one: in fp32 they are 10
-# times as fast as the product at 0.5 %, 1.4 to 2 times at 10 %, and slower at 20 %.
-_DENSE = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,9 @@ class Plan:
             its entries; rows count within ``rows``. Empty where there is no product.
         groups: of a convolution.
         device: where the tensors are.
+        share: of the dense product's multiply-adds, what this way costs.
+        least: numbers in a layer's input from which this way is faster than the dense gradient.
+        least_traced: the same in a compiled graph, where there is no Python to pay for.
     """
 
     rows: Tensor | None
@@ -50,46 +48,75 @@ class Plan:
     chunks: tuple[int, ...]
     groups: int
     device: torch.device
+    share: float = 1.0
+    least: int = 0
+    least_traced: int = 0
 
     @staticmethod
-    def without_chunks(device: torch.device, groups: int = 1) -> Plan:
-        """Return the plan of entries that are summed one by one.
+    def of_tokens(device: torch.device) -> Plan:
+        """Return the plan of an embedding, whose entries are summed token by token.
 
         Args:
-            device: where they are.
-            groups: of a convolution.
+            device: where the entries are.
         """
-        return Plan(None, None, None, (), groups, device)
+        return Plan(None, None, None, (), 1, device)
 
     @staticmethod
-    def of(shape: Sequence[int], indices: Tensor, groups: int = 1) -> Plan:
-        """Plan for a weight.
+    def of(
+        shape: Sequence[int],
+        indices: Tensor,
+        *,
+        groups: int = 1,
+        inputs: int = 0,
+        may_be_dense: bool = True,
+    ) -> Plan:
+        """Plan for a weight, by the way that costs least.
 
         Args:
             shape: of the weight.
             indices: int [k], ascending flat indices of its masked entries.
             groups: of a convolution.
+            inputs: numbers in the layer's input for each row of the product; default: columns.
+            may_be_dense: a dense gradient may live for a moment.
 
         Returns:
             The plan, for the device of ``indices``.
         """
-        if _sums_apart(shape, indices):
-            return Plan.without_chunks(indices.device, groups)
-        return plan_chunks(shape, indices, groups)
+        device = indices.device
+        costs = Costs.of(shape, indices, groups)
+        if costs.sums < costs.product and _sums_apart(shape, device):
+            plan, cost = Plan(None, None, None, (), groups, device), costs.sums
+        else:
+            plan, cost = plan_chunks(shape, indices, groups), costs.product
+        least = costs.least_rows(cost) if may_be_dense else 0
+        return replace(
+            plan,
+            share=cost / costs.dense,
+            least=min(NEVER, least * (inputs or shape[1])),
+            least_traced=NEVER if may_be_dense and cost >= costs.dense else 0,
+        )
+
+    def in_words(self) -> str:
+        """Return what is computed, and from how large an input on."""
+        kind = "products of rows and columns" if self.chunks else "sums of masked entries alone"
+        done = f"{kind}, {100 * self.share:.0f} % of the dense product"
+        if self.least >= NEVER:
+            return "picked from the dense gradient"
+        if self.least:
+            return f"{done}, of inputs from {self.least:,} numbers on"
+        return done
 
 
-def _sums_apart(shape: Sequence[int], indices: Tensor) -> bool:
-    """Return whether the compiled kernel takes this weight, if it is a matrix's."""
-    few = len(indices) <= _DENSE * math.prod(shape)
+def _sums_apart(shape: Sequence[int], device: torch.device) -> bool:
+    """Return whether a compiled kernel can take this weight, if it is a matrix's."""
     return (
-        few and len(shape) == 2 and indices.device.type == "cpu"
-        and _backend.choose("masked_grad", indices.device) == "cpu"
+        len(shape) == 2 and device.type == "cpu" and _backend.choose("masked_grad", device) == "cpu"
     )  # fmt: skip
 
 
 def plan_chunks(shape: Sequence[int], indices: Tensor, groups: int) -> Plan:
     """Plan for products in chunks; see `Plan.of`."""
-    num_rows, num_columns, kernel = _matrix(shape)
+    num_rows, num_columns, kernel = as_matrix_of(shape)
     flat = indices.long()
     row, inner = flat // (num_columns * kernel), flat % (num_columns * kernel)
     rows = columns = None
@@ -119,16 +146,11 @@ def plan_chunks(shape: Sequence[int], indices: Tensor, groups: int) -> Plan:
     return Plan(rows, columns, positions, numbers, groups, indices.device)
 
 
-def _matrix(shape: Sequence[int]) -> tuple[int, int, int]:
-    return shape[0], shape[1], math.prod(shape[2:])
-
-
 def _compacted(index: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
     """Return the indices among those that occur, and these; or as they are, and None."""
-    occurs = torch.zeros(size, dtype=torch.bool, device=index.device)
-    occurs[index] = True
+    occurs = occurring(index, size)
     found = occurs.nonzero().flatten()
-    if len(found) > _FEW * size:
+    if len(found) > FEW * size:
         return index, None
     return (occurs.cumsum(0) - 1)[index], found
 

@@ -3,99 +3,83 @@
 A linear layer, a convolution, an embedding or transformers' Conv1D with a masked weight runs as it
 is, on the plain frozen weight: autograd keeps what the gradient of its input needs and nothing
 else. Its output y then passes a side tap, an autograd function that returns y itself and whose
-backward hands the compact parameter its k gradients, from the input and y's gradient
-(`masked_grad`). Other modules, subclasses with a forward of their own, and code that reads the
-weight as an attribute are on the gradient tap; a weight that both use gets both gradients.
+backward gives the compact parameter its k gradients, from the input and y's gradient
+(`masked_grad`). Its Python takes 50 us more than the gradient tap's, so calls whose `Plan` says
+that this does not pay read the weight as an attribute, with the gradient tap. So do other modules,
+subclasses with a forward of their own and any other code; a weight that both use gets both
+gradients.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fishfast.training.gradient.chunks import Plan
-from fishfast.training.gradient.masked_grad import is_traced, masked_grad
-from fishfast.training.gradient.products import input_grad
-from fishfast.training.gradient.weight_tap import GradientTap
+from fishfast.training.gradient.masked_grad import masked_grad
+from fishfast.training.gradient.products import input_grad, weight_grad
+from fishfast.training.gradient.weight_tap import GradientTap, has_own_values, is_traced
 from fishfast.training.values.retired import VALUES_SUFFIX
 from fishfast.training.values.sync import settle
 from fishfast.training.values.target import Target
 
-__all__ = ["SideTap", "has_own_forward", "move", "own_forward", "plan_for", "road"]
+__all__ = ["SideTap", "has_own_forward", "move", "own_forward", "plan_for", "way"]
 
 
 class SideTap(torch.autograd.Function):
     """``(y, x, weight, values, ...) -> y``, whose backward computes the gradient of the values."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *others: Any) -> Tensor:
-        """Return the layer's output; keep its input."""
-        _keep(ctx, *others)
-        return y.detach()  # no view to autograd: what follows may write into it
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of y, and of the values in fp32."""
-        x, weight, values, *plan = ctx.saved_tensors
-        kind, chunks, shape, geometry = ctx.constants
-        grad_x = grad_values = None
-        if ctx.needs_input_grad[3]:
-            grad_values = _grad_values(ctx.constants, grad, x, *plan)
-        # torch.compile traces this too, and differentiates nothing twice.
-        if weight is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # With create_graph=True: the gradient of x, which the layer's own backward gives,
-            # depends on the values. What is added to it is zero, and its derivatives are not.
-            tapped = GradientTap.apply(weight, values, plan[0])
-            grad_x, as_frozen = (input_grad(kind, grad, x, w, geometry) for w in (tapped, weight))
-            grad_x = grad_x - as_frozen
-        return (grad, grad_x, None, grad_values, *[None] * 8)
-
-
-class FunctionalSideTap(torch.autograd.Function):
-    """The same for torch.func and torch.compile; in eager mode a form that costs 80 us a call."""
 
     generate_vmap_rule = True  # per-sample gradients of the compact parameters
 
     @staticmethod
     def forward(y: Tensor, *others: Any) -> Tensor:
         """Return the layer's output."""
-        return y.detach()
+        return y.detach()  # no view to autograd: what follows may write into it
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the layer's input."""
-        _keep(ctx, *inputs[1:])
+        _, x, weight, values, indices, positions, rows, columns, *constants = inputs
+        if not ctx.needs_input_grad[1]:
+            weight = values = None  # needed only where the gradient of x may be differentiated
+        ctx.save_for_backward(x, weight, values, indices, positions, rows, columns)
+        ctx.constants = constants
 
-    backward = SideTap.backward
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of y, and of the values in fp32."""
+        x, weight, values, indices, *plan = ctx.saved_tensors
+        kind, chunks, shape, geometry = ctx.constants
+        # With create_graph=True. torch.compile traces this too, and differentiates nothing twice.
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[3]:
+            if again:
+                dense = weight_grad(kind, grad, x, shape, geometry)
+                grad_values = dense.flatten().index_select(0, indices).float()
+            else:
+                where = (indices, *plan, chunks, shape, geometry)
+                grad_values = masked_grad(kind, grad, x, *where)
+        if weight is not None and again:
+            # The gradient of x, which the layer's own backward gives, depends on the values. The
+            # added term is zero but carries the second derivative.
+            tapped = GradientTap.apply(weight, values, indices)
+            grad_x, as_frozen = (input_grad(kind, grad, x, w, geometry) for w in (tapped, weight))
+            grad_x = grad_x - as_frozen
+        return (grad, grad_x, None, grad_values, *[None] * 8)
 
 
-def _keep(
-    ctx: Any,
-    x: Tensor,
-    weight: Tensor | None,
-    values: Tensor | None,
-    indices: Tensor,
-    positions: Tensor | None,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    *constants: Any,
-) -> None:
-    if not ctx.needs_input_grad[1]:
-        weight = values = None  # needed only where the gradient of x may be differentiated
-    ctx.save_for_backward(x, weight, values, indices, positions, rows, columns)
-    ctx.constants = constants
-
-
-@once_differentiable
-def _grad_values(constants: tuple[Any, ...], grad: Tensor, x: Tensor, *plan: Any) -> Tensor:
-    kind, *others = constants
-    return masked_grad(kind, grad, x, *plan, *others)
+def _apply_side_tap(*arguments: Any) -> Tensor:
+    if is_traced():
+        return SideTap.apply(*arguments)
+    # What `apply` does in eager mode, without its 10 us of inspecting the signature.
+    return super(torch.autograd.Function, SideTap).apply(*arguments)
 
 
 class BiasTap(torch.autograd.Function):
@@ -132,8 +116,7 @@ def _side_tap(module: Any, y: Tensor, x: Tensor, kind: str, *geometry: int) -> T
         plan = target.plan
     if x.is_floating_point() and x.dtype != y.dtype:
         x = x.to(y.dtype)  # autocast: kept as the layer saw it
-    function = FunctionalSideTap if is_traced() else SideTap
-    return function.apply(
+    return _apply_side_tap(
         y, x, _frozen_weight(module), module._parameters["weight" + VALUES_SUFFIX],
         target.indices, plan.positions, plan.rows, plan.columns,
         kind, plan.chunks, tuple(target.shape), geometry,
@@ -145,28 +128,40 @@ def _frozen_weight(module: Any) -> Tensor:
     return module._parameters["weight"].detach()
 
 
-def _is_plain(module: Any, x: Any) -> bool:
-    """Return whether this call goes the ordinary way: no gradient of the values, or odd inputs."""
-    parameters = module._parameters
-    values = parameters.get("weight" + VALUES_SUFFIX)
-    if values is None or not torch.is_grad_enabled() or not values.requires_grad:
+def _is_dense(module: Any, x: Any, always: bool = False) -> bool:
+    """Return whether this call reads the weight's attribute, as the module's own class does.
+
+    So do calls without a gradient of the values, with odd inputs, with other values than the
+    compact parameter, and those whose gradient is not worth a side tap.
+
+    Args:
+        module: with a masked weight.
+        x: its input.
+        always: the layer's gradient is worth it, however small the input.
+    """
+    plan = module._masked["weight"].plan
+    if plan is None or not torch.is_grad_enabled():
         return True
-    if parameters.get("weight") is None or x.layout != torch.strided or x.is_nested:
+    if not always and x.numel() < (plan.least_traced if is_traced() else plan.least):
+        return True
+    values = module._parameters.get("weight" + VALUES_SUFFIX)
+    if values is None or not values.requires_grad or not has_own_values(module, "weight"):
+        return True
+    if module._parameters.get("weight") is None or x.layout != torch.strided or x.is_nested:
         return True
     settle(values)  # else the attribute's reader does
-    plan = module._masked["weight"].plan
-    return plan is None or plan.groups != getattr(module, "groups", 1)
+    return plan.groups != getattr(module, "groups", 1)
 
 
 def _linear_forward(self: Any, input: Tensor) -> Tensor:
-    if _is_plain(self, input):
-        return nn.Linear.forward(self, input)
+    if _is_dense(self, input):
+        return F.linear(input, self.weight, self.bias)
     y = F.linear(input, _frozen_weight(self), self.bias)
     return _side_tap(self, y, input, "linear")
 
 
 def _gpt2_forward(self: Any, x: Tensor) -> Tensor:
-    plain = _is_plain(self, x)
+    plain = _is_dense(self, x)
     weight = self.weight if plain else _frozen_weight(self)
     y = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)
     y = y.view(x.size()[:-1] + (self.nf,))
@@ -174,7 +169,7 @@ def _gpt2_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _embedding_forward(self: Any, input: Tensor) -> Tensor:
-    if self.scale_grad_by_freq or _is_plain(self, input):
+    if self.scale_grad_by_freq or _is_dense(self, input, always=True):
         return nn.Embedding.forward(self, input)
     y = F.embedding(input, _frozen_weight(self), self.padding_idx, self.max_norm, self.norm_type)
     padding = -1 if self.padding_idx is None else self.padding_idx % len(self._parameters["weight"])
@@ -191,7 +186,7 @@ def _conv_forward(
     stock: type[nn.Module], conv: Callable[..., Tensor], dims: int
 ) -> Callable[..., Tensor]:
     def forward(self: Any, input: Tensor) -> Tensor:
-        if _is_plain(self, input):
+        if _is_dense(self, input):
             return stock.forward(self, input)
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
@@ -244,38 +239,54 @@ def own_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:
     return _FORWARDS.get(stock)
 
 
+def forward_of(module: nn.Module) -> Any:
+    """Return the function behind a module's forward. Accelerate's hooks wrap what they find."""
+    return getattr(inspect.unwrap(module.forward), "__func__", None)
+
+
 def has_own_forward(module: nn.Module, name: str) -> bool:
-    """Return whether calls of a tapped module bring the gradient of this weight.
+    """Return whether calls of a tapped module may bring the gradient of this weight.
 
     Args:
         module: with masked weights.
         name: of one of them.
     """
-    # Accelerate's hooks wrap the forward that they find.
-    forward = getattr(inspect.unwrap(module.forward), "__func__", None)
+    forward = forward_of(module)
     known = forward is _gpt2_forward or forward in _FORWARDS.values()
     return name == "weight" and known and not getattr(module, "scale_grad_by_freq", False)
 
 
-def plan_for(
-    owners: Iterable[tuple[nn.Module, str]], shape: torch.Size, indices: Tensor
-) -> Plan | None:
+def plan_for(target: Target, indices: Tensor) -> Plan | None:
     """Return how the gradient of a masked weight is computed, if calls of its owners bring it.
 
     Args:
-        owners: every (module, name) that holds the weight, tapped.
-        shape: of the weight.
-        indices: int [k], ascending, of the masked entries.
+        target: its owners are tapped.
+        indices: int [k], ascending, of the masked entries, on the device to plan for.
 
     Returns:
         The plan; None where no owner has a forward of `own_forward`.
     """
-    layers = [module for module, name in owners if has_own_forward(module, name)]
+    layers = [module for module, name in target.owners if has_own_forward(module, name)]
     if not layers:
         return None
     if all(isinstance(module, nn.Embedding) for module in layers):
-        return Plan.without_chunks(indices.device)
-    return Plan.of(shape, indices, max(getattr(module, "groups", 1) for module in layers))
+        return Plan.of_tokens(indices.device)
+    weight: Any = layers[0]._parameters["weight"]
+    return Plan.of(
+        target.shape,
+        indices,
+        groups=max(getattr(module, "groups", 1) for module in layers),
+        inputs=max(_inputs(module) for module in layers),
+        may_be_dense=weight.nbytes <= target.dense_gradient_limit,
+    )
+
+
+def _inputs(module: Any) -> int:
+    """Return how many numbers in the input there are for each row of the layer's product."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.in_channels * math.prod(_for_each_dim(module.stride, 1))
+    weight = module._parameters["weight"]
+    return weight.shape[0 if forward_of(module) is _gpt2_forward else 1]
 
 
 def move(target: Target, device: torch.device) -> None:
@@ -287,14 +298,22 @@ def move(target: Target, device: torch.device) -> None:
     """
     target.indices = target.indices.to(device)
     if target.plan is None or target.plan.device != device:
-        target.plan = plan_for(target.owners, target.shape, target.indices)
+        target.plan = plan_for(target, target.indices)
 
 
-def road(target: Target) -> str:
-    """Return how gradients reach the values: by ``"rows"``, by the ``"tap"``, or by both.
+def way(target: Target) -> str:
+    """Return in words how the gradient of the values is computed.
 
     Args:
         target: of a tuned model.
     """
-    roads = {has_own_forward(module, name) for module, name in target.owners}
-    return "rows, tap" if len(roads) == 2 else "rows" if roads.pop() else "tap"
+    ways = {_way(target, module, name) for module, name in target.owners}
+    return "; ".join(sorted(ways))
+
+
+def _way(target: Target, module: nn.Module, name: str) -> str:
+    if target.plan is None or not has_own_forward(module, name):
+        return "picked from the dense gradient"
+    if isinstance(module, nn.Embedding):
+        return "sums over the batch's tokens"
+    return target.plan.in_words()

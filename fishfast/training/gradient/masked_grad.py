@@ -30,8 +30,9 @@ from fishfast.training.gradient.products import (
     linear_products,
     sum_tokens,
 )
+from fishfast.training.gradient.weight_tap import is_traced
 
-__all__ = ["is_traced", "masked_grad"]
+__all__ = ["masked_grad"]
 
 _TIME = 0.05  # nanoseconds for a product
 _TOKEN_TIME = 1.0  # nanoseconds for an entry of a token's row
@@ -69,11 +70,6 @@ def masked_grad(
     """
     compute = _operation if is_traced() or type(grad) is not Tensor else _compute
     return compute(kind, grad, x, indices, positions, rows, columns, chunks, shape, geometry)
-
-
-def is_traced() -> bool:
-    """Return whether torch.compile or a transform of torch.func looks on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _compute(

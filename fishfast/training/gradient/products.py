@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fishfast.training.gradient.chunks import quadruples
 
-__all__ = ["as_matrix", "conv_products", "input_grad", "linear_products", "sum_tokens"]
+__all__ = [
+    "as_matrix",
+    "conv_products",
+    "input_grad",
+    "linear_products",
+    "sum_tokens",
+    "weight_grad",
+]
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -150,3 +157,34 @@ def input_grad(
         (True, False, False),
     )  # fmt: skip
     return found[0] if one else found
+
+
+def weight_grad(
+    kind: str, grad: Tensor, x: Tensor, shape: Sequence[int], geometry: Sequence[int]
+) -> Tensor:
+    """Return the dense gradient of a layer's weight, differentiable in ``grad`` and ``x``.
+
+    Args:
+        kind: as for `masked_grad`.
+        grad: gradient of the layer's output.
+        x: its input, in the dtype of ``grad``, or tokens.
+        shape: of the weight.
+        geometry: as for `masked_grad`.
+    """
+    if kind == "embedding":
+        tokens, grads = x.flatten().long(), as_matrix(grad)
+        grads = grads.masked_fill((tokens == geometry[0])[:, None], 0)
+        return grads.new_zeros(tuple(shape)).index_add(0, tokens, grads)
+    if kind == "linear":
+        return as_matrix(grad).T @ as_matrix(x)
+    if kind == "transposed linear":
+        return as_matrix(x).T @ as_matrix(grad)
+    dims = len(shape) - 2
+    stride, padding, dilation = (geometry[dims * i : dims * (i + 1)] for i in range(3))
+    if x.dim() == dims + 1:  # one sample
+        grad, x = grad[None], x[None]
+    _, found, _ = torch.ops.aten.convolution_backward(
+        grad, x, x.new_empty(1).expand(tuple(shape)), None, stride, padding, dilation, False,
+        [0] * dims, geometry[-1], (False, True, False),
+    )  # fmt: skip
+    return found

@@ -9,6 +9,8 @@ layers by a forward (`layers`).
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import copyreg
 import functools
 import types
@@ -61,6 +63,8 @@ class _TappedModule(nn.Module):
         """Move with the module, but stay fp32: `model.to(bfloat16)` must not round the masters."""
         base_apply = super()._apply
         _settle_all(self)
+        for target in self._masked.values():
+            target.tap = None  # it holds the old memory
         agreed = [target for target in self._masked.values() if target.agrees()]
         result = self._without_compact(lambda: base_apply(fn, recurse))
         for name, target in self._masked.items():
@@ -133,20 +137,30 @@ class _TappedModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy through the base class: the tapped class is made again."""
         _settle_all(self)
+        names, plain = tuple(self._masked), _plain_class(self)
+        if "__reduce__" in _names_above_module(plain):  # torch.fx's GraphModule
+            with _as_own_class(self) as held:
+                function, (attributes, *others), *_ = self.__reduce_ex__(protocol)
+                without = {**attributes, "_parameters": dict(self._parameters)}
+            return _rebuild_reduced, (names, function, (without, *others)), held
         reduced: Any = super().__reduce_ex__(max(2, protocol))  # 0 and 1 would name the class
         function, args, *rest = reduced
         if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
-            return _rebuild_module, (_plain_class(self), tuple(self._masked)), *rest
+            return _rebuild_module, (plain, names), *rest
         return function, args, *rest
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or copy: the values, which come as plain parameters, get their targets."""
         super().__setstate__(state)
-        for name, target in self._masked.items():
-            values = self._parameters.get(name + VALUES_SUFFIX)
-            if type(values) is nn.Parameter:
-                given_target(values, target)
-        watch_optimizers()
+        _give_targets(self)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse torch.jit.script, which compiles a module by its class."""
+        name = next(iter(self._masked.values())).name
+        raise RuntimeError(
+            f"torch.jit.script needs plain modules; {name!r} has a mask; call release() first, or "
+            "script within a with tuned.released() block"
+        )
 
 
 def _settle_all(module: _TappedModule) -> None:
@@ -171,11 +185,79 @@ def _tapped_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
         namespace["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
     if "weight" in names and (forward := own_forward(base)):
         namespace["forward"] = forward
+    above = _names_above_module(base)
+    if "__deepcopy__" in above:
+        namespace["__deepcopy__"] = _deepcopied
+    if "__reduce__" in above:
+        namespace["__setstate__"] = _put_back
+    if "recompile" in above:  # of a GraphModule, which writes its forward into its class
+        namespace["recompile"] = _recompiled
     # repr, error messages and torch.compile show the module's own class name.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return types.new_class(
         base.__name__, (_TappedModule, base), {}, lambda ns: ns.update(namespace)
     )
+
+
+def _names_above_module(cls: Any) -> set[str]:
+    """Return what a class defines itself or inherits, but not from `nn.Module`."""
+    own = (c for c in cls.__mro__ if c not in nn.Module.__mro__ and c is not _TappedModule)
+    return {name for c in own for name in vars(c)}
+
+
+@contextlib.contextmanager
+def _as_own_class(module: Any) -> Iterator[dict[str, Any]]:
+    """Show a module to its own class's code for copies: no mask, no compact parameters.
+
+    Yields:
+        What was taken out, for `_put_back`.
+    """
+    tapped, masked = type(module), module._masked
+    module.__class__ = _plain_class(module)
+    del module._masked
+    names = [name + VALUES_SUFFIX for name in masked]
+    held = {"masked": masked, "values": {n: module._parameters.pop(n) for n in names}}
+    try:
+        yield held
+    finally:
+        module.__class__ = tapped
+        _put_back(module, held)
+
+
+def _put_back(module: Any, held: dict[str, Any]) -> None:
+    module._masked = held["masked"]
+    module._parameters.update(held["values"])
+    _give_targets(module)
+
+
+def _give_targets(module: _TappedModule) -> None:
+    for name, target in module._masked.items():
+        values = module._parameters.get(name + VALUES_SUFFIX)
+        if type(values) is nn.Parameter:  # unpickled, or copied by itself
+            given_target(values, target)
+    watch_optimizers()
+
+
+def _deepcopied(module: Any, memo: dict[int, Any]) -> Any:
+    """Copy a module whose class copies itself, such as torch.fx's GraphModule."""
+    _settle_all(module)
+    with _as_own_class(module) as held:
+        copied = copy.deepcopy(module, memo)
+    for values in held["values"].values():
+        other = copy.deepcopy(values, memo)
+        tap(other.target, other)
+    return copied
+
+
+def _recompiled(module: Any) -> Any:
+    with _as_own_class(module):
+        return module.recompile()
+
+
+def _rebuild_reduced(names: tuple[str, ...], function: Any, args: Any) -> nn.Module:
+    module = function(*args)
+    module.__class__ = _masked_class(type(module), names)
+    return module
 
 
 def _tapped_below(module: nn.Module) -> Any:
@@ -225,6 +307,7 @@ def tap(target: Target, values: CompactParameter | None = None) -> CompactParame
     if values is None:
         values = CompactParameter(target.gather().float(), target)
         target.mark_seen(target.weight(), with_bits=True)
+    target.values = values
     for module, name in target.owners:
         tapped = isinstance(module, _TappedModule)
         plain = _plain_class(module) if tapped else type(module)
@@ -245,7 +328,8 @@ def untap(model: nn.Module) -> None:
     for module in tapped:
         _settle_all(module)
     for module, cls in zip(tapped, plain, strict=True):
-        for name in module._masked:
+        for name, target in module._masked.items():
+            target.tap = None
             module._parameters.pop(name + VALUES_SUFFIX, None)
         module.__class__ = cls
         del module._masked

@@ -110,6 +110,6 @@ def given_target(parameter: nn.Parameter, target: Target) -> CompactParameter:
     """
     parameter.__class__ = CompactParameter
     compact: CompactParameter = parameter  # type: ignore[assignment]
-    compact.target = target
+    compact.target, target.values = target, compact
     compact.mark_written()
     return compact

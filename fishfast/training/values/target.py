@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Target"]
+__all__ = ["DENSE_GRADIENT_LIMIT", "Target"]
+
+DENSE_GRADIENT_LIMIT = 64 * 2**20
 
 
 class Target:
@@ -27,12 +29,19 @@ class Target:
     Attributes:
         plan: how calls of the owners compute the gradient, put there by
             `fishfast.training.gradient.layers`; None if none of them does.
+        values: the compact parameter, from the moment that its owners hold it.
+        tap: the weight's kept gradient tap, put there by
+            `fishfast.training.gradient.weight_tap`; no copy has it.
+        dense_gradient_limit: bytes of a dense gradient that may live for a moment.
         retired: another mask replaced the values: whoever still trains them is told so.
         lent: the model is plain for now, in a ``with tuned.released()`` block.
         disabled: the weight has the base's values for now, in a ``with tuned.disabled()`` block.
     """
 
     plan: Any = None
+    values: Any = None
+    tap: Any = None
+    dense_gradient_limit = DENSE_GRADIENT_LIMIT
     retired = lent = disabled = False
 
     def __init__(self, owners: list[tuple[nn.Module, str]], indices: Tensor, name: str) -> None:
@@ -102,7 +111,7 @@ class Target:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what was seen: a copied tensor counts its versions anew."""
-        return {**self.__dict__, "_seen": None}
+        return {**self.__dict__, "_seen": None, "tap": None}
 
     @property
     def has_seen(self) -> bool:
