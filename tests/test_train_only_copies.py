@@ -56,7 +56,8 @@ def test_copy_of_one_compact_parameter_is_a_plain_one(copied: Callable[[Any], An
     assert type(other) is nn.Parameter
     assert other.requires_grad
     assert same_bits(other, parameter)
-    assert other.data_ptr() != parameter.data_ptr()
+    # copy.copy of torch's own parameters shares their memory, too.
+    assert (other.data_ptr() == parameter.data_ptr()) is (copied is copy.copy)
 
 
 @pytest.mark.parametrize("copied", COPIES, ids=lambda f: f.__name__)

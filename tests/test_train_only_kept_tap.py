@@ -1,4 +1,4 @@
-"""Each weight keeps its gradient tap: it is read again as long as nothing that it is made of moves."""
+"""Each weight keeps its gradient tap: it is read again until something it is made of moves."""
 
 from __future__ import annotations
 

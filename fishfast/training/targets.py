@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.gradient.tapped_module import (
@@ -129,8 +130,8 @@ def refuse_outside_owners(model: nn.Module, targets: list[Target]) -> None:
         ValueError: names the weight and the class of the other module.
     """
     targets = [target for target in targets if _has_other_holders(target)]
-    if not targets:
-        return
+    if not targets or any(isinstance(module, GraphModule) for module in model.modules()):
+        return  # what torch.fx traced shares its weights with the model it was traced from
     weights = {id(target.weight()): target for target in targets}
     inside = {id(module._parameters) for module in model.modules()}
     outside = {
