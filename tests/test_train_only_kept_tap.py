@@ -1,4 +1,4 @@
-"""Each weight keeps its gradient tap: it is read again as long as nothing that it is made of moves."""
+"""Each weight keeps its gradient tap, which is read again as long as nothing about it changes."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_frozen_values_and_back(tuned: ff.SparseTuning) -> None:
 
 
 def test_swapped_tensors(tuned: ff.SparseTuning) -> None:
-    """torch refuses to swap a parameter that a node holds."""
+    """Torch refuses to swap a parameter that a node holds."""
     assert_gradients(tuned)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -198,11 +198,11 @@ class Shared(nn.Module):
 
 
 @pytest.fixture
-def peak_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], None]], int]]:
+def peak_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], int]:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     import harness
 
-    yield lambda run: harness.peak_bytes(run, torch.device("cpu"))
+    return lambda run: harness.peak_bytes(run, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["30 layers", "one layer, 30 calls"])

@@ -40,9 +40,11 @@ def train_only(
         The handle: ``tuned.parameters()`` for the optimizer, ``attach``, ``release``.
 
     Raises:
-        TypeError: ``mask`` is not a `SparseMask`, ``dense_gradient_limit`` no integer, or ``model`` no module, or a scripted one.
-        ValueError: a negative limit, a mask that selects nothing or does not fit the model, a weight whose dtype or
-            memory cannot be trained so, or that is lazy. The model is left as it was.
+        TypeError: ``mask`` is not a `SparseMask`, ``dense_gradient_limit`` no integer, or ``model``
+            no module, or a scripted one.
+        ValueError: a negative limit, a mask that selects nothing or does not fit the model, a
+            weight whose dtype or memory cannot be trained so, or that is lazy. The model is left as
+            it was.
         RuntimeError: the model has a mask already, or the call is in inference mode.
 
     Example:

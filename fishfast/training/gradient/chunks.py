@@ -23,6 +23,8 @@ __all__ = ["Plan", "plan_chunks", "quadruples"]
 # an H100) beside the operands that stream through, and 1024 rows of 4096 columns are tiles enough
 # for every multiprocessor. A CPU's share of the last-level cache is smaller.
 _SCRATCH_BYTES = {"cuda": 2**24, "cpu": 2**22}
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the gradient of one masked weight is computed.

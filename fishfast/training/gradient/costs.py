@@ -54,6 +54,9 @@ class Costs:
             shape: of the weight.
             indices: int [k], flat, of its masked entries.
             groups: of a convolution: only a product of all rows and columns is made.
+
+        Returns:
+            The costs.
         """
         num_rows, num_columns, kernel = as_matrix_of(shape)
         flat = indices.long()

@@ -88,9 +88,10 @@ class KeptTap(torch.autograd.Function):
 def _picked(grad: Tensor, indices: Tensor) -> Tensor:
     if grad.is_sparse:  # nn.Embedding(sparse=True)
         grad = grad.to_dense()
-    if grad.dim() != 1:
-        grad = grad.reshape(-1)
-    picked = grad.index_select(0, indices)
+    if grad.is_contiguous():
+        picked = (grad if grad.dim() == 1 else grad.view(-1)).index_select(0, indices)
+    else:  # as a linear layer's: transposed; a view of it in order would be a copy
+        picked = grad.take(indices.long())
     return picked if picked.dtype == torch.float32 else picked.float()
 
 
