@@ -38,6 +38,7 @@ _STAGES = {
     "masked_grad": "Gradient of the masked weights",
     "sparse_adam": "Optimizer step",
     "train_step": "Training step",
+    "host": "Host cost",
 }
 _BUSY = 10.0  # percent of the cores; above it the report warns. Compilers take some, too
 _LEGEND = [

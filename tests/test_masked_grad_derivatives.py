@@ -62,13 +62,36 @@ def test_loss_of_higher_derivatives_of_the_input(name: str, order: int) -> None:
     assert_as_dense(model, data, derivatives, "all")
 
 
-def test_the_gradient_of_the_values_is_not_differentiated_silently() -> None:
-    model, data = built("deep")
-    tuned = ff.train_only(model, weights_mask(model), dense_gradient_limit=0)
-    loss = model(data).square().sum()
-    grads = torch.autograd.grad(loss, list(tuned.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(grad.sum() for grad in grads).backward()
+@pytest.mark.parametrize("limit", [0, 2**26], ids=["never dense", "tap"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("name", ["deep", "convs smooth", "in place", "tied", "called twice"])
+def test_gradients_of_the_values_are_differentiated(name: str, order: int, limit: int) -> None:
+    """A penalty on the gradient of what trains, and derivatives of that."""
+    model, data = built(name)
+    mask = weights_mask(model)
+    tuned = ff.train_only(copy.deepcopy(model), mask, dense_gradient_limit=limit)
+
+    def penalty(module: nn.Module, trained: dict[str, Tensor]) -> None:
+        out = module(data.to(next(module.parameters()).dtype) if data.is_floating_point() else data)
+        out = out.square().sum()
+        for _ in range(order):
+            grads = torch.autograd.grad(out, list(trained.values()), create_graph=True)
+            chosen = zip(trained, grads, strict=True)
+            out = sum(
+                (grad if grad.dim() == 1 else grad.flatten()[mask[key].long()]).square().sum()
+                for key, grad in chosen
+            )
+        out.backward()
+
+    dense = []
+    for dtype in (torch.float32, torch.float64):
+        plain = copy.deepcopy(model).to(dtype)
+        weights = {n: p for n, p in plain.named_parameters() if n in mask and len(mask[n])}
+        penalty(plain, weights)
+        dense.append({n: p.grad for n, p in weights.items()})
+    own = {n.removesuffix("_values"): p for n, p in tuned.named_parameters()}
+    penalty(tuned.model, own)
+    assert_all(tuned.model, *dense)
 
 
 @pytest.mark.skipif(

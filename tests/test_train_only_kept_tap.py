@@ -1,4 +1,4 @@
-"""Each weight keeps its gradient tap: it is read again until something it is made of moves."""
+"""Each weight keeps its gradient tap, which is read again as long as nothing about it changes."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ class Shared(nn.Module):
 
 
 @pytest.fixture
-def peak_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], None]], int]]:
+def peak_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], int]:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     import harness
 

@@ -231,7 +231,8 @@ def test_second_train_only_is_refused() -> None:
 def test_inference_mode_is_refused() -> None:
     model = nn.Linear(2, 2)
     mask, before = mask_over_all(model), picture(model)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="must be called outside inference_mode"):
+    refused = pytest.raises(RuntimeError, match="must be called outside inference_mode")
+    with torch.inference_mode(), refused:
         ff.train_only(model, mask)
     assert picture(model) == before
 

@@ -27,6 +27,7 @@ def base_model(tuned: TuningState) -> Iterator[nn.Module]:
     versions = [p.plain._version for p in tuned.parameters()]
     targets = _targets(tuned)
     trained = {name: target.gather() for name, target in targets.items()}
+    hooks = [parameter.register_hook(_refuse_backward) for parameter in held]
     try:
         for parameter in tuned.parameters():
             parameter.target.disabled = True
@@ -35,6 +36,8 @@ def base_model(tuned: TuningState) -> Iterator[nn.Module]:
             _write_unseen(target, tuned.base_values[name])
         yield tuned.model
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, target in targets.items():
             _write_unseen(target, trained[name])
         for parameter, version in zip(tuned.parameters(), versions, strict=True):
@@ -43,6 +46,13 @@ def base_model(tuned: TuningState) -> Iterator[nn.Module]:
                 parameter.unsettle()
         for parameter in held:
             parameter.requires_grad_(True)
+
+
+def _refuse_backward(grad: Tensor) -> None:
+    raise RuntimeError(
+        "backward() of the trained model cannot run within tuned.disabled(): its weights have the "
+        "base's values there; call it after the block"
+    )
 
 
 def _targets(tuned: TuningState) -> dict[str, Target]:

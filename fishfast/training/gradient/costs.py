@@ -56,7 +56,7 @@ class Costs:
             groups: of a convolution: only a product of all rows and columns is made.
 
         Returns:
-            The counts.
+            The costs.
         """
         num_rows, num_columns, kernel = as_matrix_of(shape)
         flat = indices.long()

@@ -54,7 +54,7 @@ class SideTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of y, and of the values in fp32."""
-        x, weight, values, indices, *plan = ctx.saved_tensors
+        x, weight, values, indices, positions, rows, columns = ctx.saved_tensors
         kind, chunks, shape, geometry = ctx.constants
         # With create_graph=True. torch.compile traces this too, and differentiates nothing twice.
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -64,8 +64,9 @@ class SideTap(torch.autograd.Function):
                 dense = weight_grad(kind, grad, x, shape, geometry)
                 grad_values = dense.flatten().index_select(0, indices).float()
             else:
-                where = (indices, *plan, chunks, shape, geometry)
-                grad_values = masked_grad(kind, grad, x, *where)
+                grad_values = masked_grad(
+                    kind, grad, x, indices, positions, rows, columns, chunks, shape, geometry
+                )
         if weight is not None and again:
             # The gradient of x, which the layer's own backward gives, depends on the values. The
             # added term is zero but carries the second derivative.
@@ -147,7 +148,10 @@ def _is_dense(module: Any, x: Any, always: bool = False) -> bool:
     values = module._parameters.get("weight" + VALUES_SUFFIX)
     if values is None or not values.requires_grad or not has_own_values(module, "weight"):
         return True
-    if module._parameters.get("weight") is None or x.layout != torch.strided or x.is_nested:
+    weight = module._parameters.get("weight")
+    if weight is None or x.layout != torch.strided or x.is_nested:
+        return True
+    if weight.requires_grad and not isinstance(weight, nn.Parameter):  # of functional_call
         return True
     settle(values)  # else the attribute's reader does
     return plan.groups != getattr(module, "groups", 1)

@@ -89,9 +89,10 @@ class KeptTap(torch.autograd.Function):
 def _picked(grad: Tensor, indices: Tensor) -> Tensor:
     if grad.is_sparse:  # nn.Embedding(sparse=True)
         grad = grad.to_dense()
-    if grad.dim() != 1:
-        grad = grad.reshape(-1)
-    picked = grad.index_select(0, indices)
+    if grad.is_contiguous():
+        picked = (grad if grad.dim() == 1 else grad.view(-1)).index_select(0, indices)
+    else:  # as a linear layer's: transposed; a view of it in order would be a copy
+        picked = grad.take(indices.long())
     return picked if picked.dtype == torch.float32 else picked.float()
 
 
@@ -232,6 +233,7 @@ def seen_weight(module: Any, name: str) -> Tensor:
         return weight
     if not has_own_values(module, name):
         return with_values(weight, values, target.indices)
+    target.weight()  # raises for one of another shape, such as a resized embedding's
     settle(values)
     if not torch.is_grad_enabled():
         return weight
@@ -251,8 +253,9 @@ def tapped_property(name: str) -> property:
         if not is_dynamo_compiling():
             target, parameters = module._masked[name], module._parameters
             weight, values = parameters.get(name), parameters.get(values_name)
-            if weight is not None and values is target.values:
-                settle(values)
+            if weight is not None and values is target.values and weight.shape == target.shape:
+                if values.plain._version != values.agreed:
+                    settle(values)
                 if not torch.is_grad_enabled():
                     return weight
                 kept = target.tap
