@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fishfast.training.values import sync
 from fishfast.training.values.masters import CompactParameter
-from fishfast.training.values.sync import held_by, take_changes
+from fishfast.training.values.sync import held_by
 
 __all__ = [
     "MASTER",
@@ -46,6 +47,7 @@ def keep_masters(optimizer: Optimizer, *_: Any) -> None:
     Checkpoints of torch.distributed load what the live state has, by name.
     """
     for values in held_by(optimizer):
+        values.from_state = None
         if values.grad is not None and _needs_master(values):
             optimizer.state[values][MASTER] = values.plain
 
@@ -63,7 +65,9 @@ def add_masters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         # A master alone would be half a state to torch, so an untrained one is left out.
         entry = state_dict["state"].get(index, {})
         if entry or not torch.equal(parameter.detach(), parameter.target.gather().float()):
-            state_dict["state"][index] = {**entry, MASTER: parameter.detach()}
+            # A copy: torch.distributed loads into the very tensors of a state dict, and then loads
+            # the model, which takes the masters from its weights.
+            state_dict["state"][index] = {**entry, MASTER: parameter.detach().clone()}
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         if any(isinstance(p, CompactParameter) for p in group["params"]):
             saved[_MASKS] = [_fingerprint(p) for p in group["params"]]
@@ -81,9 +85,7 @@ def take_masters(optimizer: Optimizer) -> None:
         state = optimizer.state.get(values, {})
         master = state.pop(MASTER, None)
         if master is not None:
-            with torch.no_grad():
-                values.copy_(master)
-            take_changes(values)
+            sync.take_masters(values, master)
             if _needs_master(values):
                 state[MASTER] = values.plain
 

@@ -70,10 +70,15 @@ class TuningState:
                 "fit no base; convert the model before train_only"
             )
         if now.weights != self.base.weights:
+            changed = [n for n, text in now.weights.items() if self.base.weights.get(n) != text]
             raise RuntimeError(
-                "weights outside the mask changed since train_only, so the delta would not give "
-                "this model again; put what else is trained into the mask (keep=), or, if another "
-                "base checkpoint was loaded or DistributedDataParallel sent another rank's weights "
-                "here, call tuned.rebase() right after"
+                f"weights outside the mask changed since train_only, such as {changed[0]!r}, so "
+                "the delta would not give this model again. If the whole model was averaged or "
+                "copied (EMA, SWA; rounding moves constant weights): keep p.detach().clone() of each "
+                "of tuned.parameters(), load the base checkpoint into the model, copy the values "
+                "back into the parameters, and average those alone. If these weights train: put "
+                "them into the mask (keep=). If another base checkpoint was loaded, or "
+                "DistributedDataParallel sent another rank's weights here: call tuned.rebase() "
+                "right after"
             )
         return now

@@ -149,7 +149,9 @@ def _is_dense(module: Any, x: Any, always: bool = False) -> bool:
     if values is None or not values.requires_grad or not has_own_values(module, "weight"):
         return True
     weight = module._parameters.get("weight")
-    if weight is None or x.layout != torch.strided or x.is_nested:
+    if weight is None or weight.shape != module._masked["weight"].shape:
+        return True  # the attribute's reader says so
+    if x.layout != torch.strided or x.is_nested:
         return True
     if weight.requires_grad and not isinstance(weight, nn.Parameter):  # of functional_call
         return True

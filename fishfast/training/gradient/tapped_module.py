@@ -173,6 +173,15 @@ def _moved(values: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return moved if moved.dtype == values.dtype else values.to(moved.device)
 
 
+def _refuse_quantization(module: Any, qconfig: Any) -> None:
+    """Refuse torch's quantization, which sets this attribute, then passes by classes like ours."""
+    name = next(iter(module._masked.values())).name
+    raise RuntimeError(
+        f"quantization needs plain modules, by their exact classes; {name!r} has a mask; call "
+        "release() first"
+    )
+
+
 def _flat_weights(module: Any) -> list[Any]:
     # nn.LSTM and its kin keep references to their weights in a list, past any attribute access.
     return [getattr(module, name, None) for name in module._flat_weights_names]
@@ -181,6 +190,7 @@ def _flat_weights(module: Any) -> list[Any]:
 @functools.cache
 def _tapped_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {name: tapped_property(name) for name in names}
+    namespace["qconfig"] = property(None, _refuse_quantization)
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
     if "weight" in names and (forward := own_forward(base)):

@@ -36,11 +36,14 @@ class CompactParameter(nn.Parameter):
         plain: the same memory and version counter as a `torch.Tensor`, whose attributes torch reads
             in a third of the time it takes for a subclass.
         agreed: version of the values that are in the weight.
+        from_state: masters that an optimizer's state brought, until the next step: the model may be
+            loaded after the optimizer.
     """
 
     target: Target
     plain: Tensor
     agreed: int
+    from_state: Tensor | None = None
 
     def __new__(cls, values: Tensor, target: Target | None, requires_grad: bool = True) -> Any:
         """Make the parameter from fp32 values, which are those of the weight."""

@@ -24,6 +24,7 @@ both, one after the other           both versions            the masters, if the
                                                              else the weight
 ``model.load_state_dict``           -                        `take_weights`: as they are
 ``optimizer.load_state_dict``       -                        its masters, if they round to weights
+                                                             of now or of a model loaded next
 a copy, an unpickled one            versions start anew      they agree
 ``weight.data.copy_(...)``, numpy   nothing                  not seen; `refuse_unwritten` when saved
 ==================================  =======================  =======================================
@@ -58,6 +59,7 @@ __all__ = [
     "refuse_unwritten",
     "settle",
     "take_changes",
+    "take_masters",
     "take_weights",
     "watch_optimizers",
     "write",
@@ -114,12 +116,30 @@ def take_changes(values: CompactParameter) -> None:
 def take_weights(values: CompactParameter) -> None:
     """Take the weight as it is, whatever the masters were: of a state that was loaded.
 
+    Masters that an optimizer's state brought just before are kept where they round to it.
+
     Args:
         values: changed in place.
     """
+    loaded, values.from_state = values.from_state, None
     with torch.no_grad():
-        values.copy_(values.target.gather())
+        values.copy_(values.target.gather() if loaded is None else loaded)
+    if loaded is not None:
+        take_changes(values)
     _agree(values)
+
+
+def take_masters(values: CompactParameter, masters: Tensor) -> None:
+    """Take masters of an optimizer's state where they round to the weight.
+
+    Args:
+        values: changed in place.
+        masters: fp32 [k].
+    """
+    with torch.no_grad():
+        values.copy_(masters)
+    take_changes(values)
+    values.from_state = masters
 
 
 def _agree(values: CompactParameter) -> None:
