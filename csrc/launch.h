@@ -1,8 +1,8 @@
 // What each operation needs, in plain types: no torch, no pybind11, no CUDA headers.
 //
 // The row structs are mirrored by numpy record types in fishfast/optim/sparse_adam.py,
-// fishfast/optim/sparse_sgd.py and fishfast/mask/selection/cuda.py; bindings.cpp publishes their sizes
-// and the Python side compares.
+// fishfast/optim/sparse_sgd.py and fishfast/mask/selection/cuda.py; bindings.cpp publishes their
+// sizes and the Python side compares.
 #pragma once
 #include <cstdint>
 #include <vector>
