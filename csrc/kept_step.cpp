@@ -8,6 +8,10 @@
 namespace fishfast {
 namespace {
 
+constexpr size_t kAhead = 4;  // entries: their lines fit in an L1
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kTensorBytes = 256;  // of torch's own record of a tensor, and a bit
+
 class Owned {  // a new reference, or null after an error
  public:
   explicit Owned(PyObject* object) : object_(object) {}
@@ -48,7 +52,6 @@ PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); 
 struct Names {
   PyObject* params = interned("params");
   PyObject* parameters = interned("_parameters");
-  PyObject* plain = interned("plain");
   PyObject* agreed = interned("agreed");
   PyObject* seen = interned("_seen");
   PyObject* version = interned("version");
@@ -84,11 +87,11 @@ const void* address_in(PyObject* tuple, Py_ssize_t position) {
 KeptStep::KeptStep(PyObject* questions, PyObject* entries, PyObject* state, char* rows,
                    KeptLayout layout, int64_t device_index)
     : rows_(rows), layout_(layout), device_index_(device_index) {
-  PyObject** asked[] = {&grad_,  &version_,       &dtype_,  &shape_,   &data_ptr_,
-                        &numel_, &is_contiguous_, &stride_, &storage_, &get_device_,
-                        &cdata_, &tensor_type_,   &float32_};
+  PyObject** asked[] = {&grad_,       &version_, &dtype_,         &shape_,  &tensor_cdata_,
+                        &data_ptr_,   &numel_,   &is_contiguous_, &stride_, &storage_,
+                        &get_device_, &cdata_,   &tensor_type_,   &float32_};
   for (size_t i = 0; i < std::size(asked); ++i) *asked[i] = item(questions, Py_ssize_t(i));
-  for (PyObject* descriptor : {grad_, version_, dtype_, shape_, cdata_}) {
+  for (PyObject* descriptor : {grad_, version_, dtype_, shape_, tensor_cdata_, cdata_}) {
     if (Py_TYPE(descriptor)->tp_descr_get == nullptr) {
       throw std::invalid_argument("the questions of a kept step must be attributes of a class");
     }
@@ -106,10 +109,9 @@ KeptStep::KeptStep(PyObject* questions, PyObject* entries, PyObject* state, char
     }
     entry.values_name = item_or_null(given, 5);
     entry.target = item_or_null(given, 6);
-    entry.plain = item_or_null(given, 7);
-    entry.address = address_in(given, 8);
-    entry.weight = item_or_null(given, 9);
-    if (PyObject* facts = item_or_null(given, 10)) {
+    entry.address = address_in(given, 7);
+    entry.weight = item_or_null(given, 8);
+    if (PyObject* facts = item_or_null(given, 9)) {
       entry.shape = item(facts, 0);
       entry.strides = item(facts, 1);
       entry.dtype = item(facts, 2);
@@ -117,13 +119,14 @@ KeptStep::KeptStep(PyObject* questions, PyObject* entries, PyObject* state, char
       entry.weight_storage = address_in(facts, 4);
       entry.seen = item(facts, 5);
     }
-    entry.state = item_or_null(given, 11);
-    PyObject* states = item(given, 12);
+    entry.state = item_or_null(given, 10);
+    PyObject* states = item(given, 11);
     for (Py_ssize_t s = 0; s < PyTuple_Size(states); ++s) {
       PyObject* one = item(states, s);
       entry.states.push_back({item(one, 0), item(one, 1), address_in(one, 2)});
     }
-    entry.step = static_cast<float*>(const_cast<void*>(address_in(given, 13)));
+    entry.step = static_cast<float*>(const_cast<void*>(address_in(given, 12)));
+    find_lines(entry);
     entries_.push_back(std::move(entry));
   }
   for (Py_ssize_t i = 0; i < PyTuple_Size(state); ++i) {
@@ -133,6 +136,50 @@ KeptStep::KeptStep(PyObject* questions, PyObject* entries, PyObject* state, char
     PyErr_Clear();
     throw std::invalid_argument("a kept step is made from addresses and tensors");
   }
+}
+
+// Addresses that may be another's by the time they are fetched, which does no harm.
+void KeptStep::find_lines_of_tensor(PyObject* tensor, std::vector<const void*>& lines) const {
+  lines.push_back(tensor);
+  const char* const impl = static_cast<const char*>(address(attribute(tensor_cdata_, tensor)));
+  for (int64_t offset = 0; offset < kTensorBytes; offset += kLineBytes) {
+    lines.push_back(impl + offset);
+  }
+  const Owned storage(call(storage_, tensor));
+  if (storage.get() == nullptr) return;
+  lines.push_back(storage.get());
+  lines.push_back(address(attribute(cdata_, storage.get())));
+}
+
+void KeptStep::find_lines(Entry& entry) const {
+  std::vector<const void*>& lines = entry.lines;
+  const auto add_dict = [&lines](PyObject* dict) {
+    if (dict == nullptr || !PyDict_Check(dict)) return;
+    const auto* const found = reinterpret_cast<PyDictObject*>(dict);
+    const auto* const keys = reinterpret_cast<const char*>(found->ma_keys);
+    for (const char* line : {keys, keys + kLineBytes, keys + 2 * kLineBytes}) lines.push_back(line);
+    for (const void* line :
+         {static_cast<const void*>(found), static_cast<const void*>(found->ma_values)})
+      lines.push_back(line);
+  };
+  const auto add_attributes = [&](PyObject* object) {
+    if (object == nullptr) return;
+    lines.push_back(object);
+    const Owned dict(PyObject_GenericGetDict(object, nullptr));
+    add_dict(dict.get());
+  };
+  find_lines_of_tensor(entry.parameter, lines);
+  if (entry.weight) find_lines_of_tensor(entry.weight, lines);
+  if (entry.seen) lines.push_back(entry.seen);
+  entry.written_lines = lines;
+  for (const Owner& owner : entry.owners) {
+    add_dict(owner.module_dict);
+    add_dict(PyDict_GetItemWithError(owner.module_dict, names().parameters));
+  }
+  if (entry.target) add_attributes(entry.target);
+  add_dict(entry.state);
+  for (const State& state : entry.states) find_lines_of_tensor(state.tensor, lines);
+  PyErr_Clear();
 }
 
 bool KeptStep::same_groups(PyObject* groups) const {
@@ -175,17 +222,15 @@ bool KeptStep::is_held(const Entry& entry) const {
 }
 
 bool KeptStep::same_values(Entry& entry) const {
-  if (entry.plain == nullptr) {  // not masked: asked itself, for p.data = x counts no version
-    return address(call(data_ptr_, entry.parameter)) == entry.address &&
-           number(call(numel_, entry.parameter)) == entry.k &&
+  if (address(call(data_ptr_, entry.parameter)) != entry.address) return false;
+  if (entry.target == nullptr) {  // not masked: p.data = x counts no version
+    return number(call(numel_, entry.parameter)) == entry.k &&
            Owned(attribute(dtype_, entry.parameter)).is(float32_) &&
            Owned(call(is_contiguous_, entry.parameter)).is(Py_True);
   }
-  if (!Owned(PyObject_GetAttr(entry.parameter, names().plain)).is(entry.plain)) return false;
-  entry.values_version = number(attribute(version_, entry.plain));
+  entry.values_version = number(attribute(version_, entry.parameter));
   return entry.values_version >= 0 &&
-         number(PyObject_GetAttr(entry.parameter, names().agreed)) == entry.values_version &&
-         address(call(data_ptr_, entry.plain)) == entry.address;
+         number(PyObject_GetAttr(entry.parameter, names().agreed)) == entry.values_version;
 }
 
 bool KeptStep::same_weight(Entry& entry) const {
@@ -256,6 +301,9 @@ bool KeptStep::as_before(PyObject* state, PyObject* groups) {
   bool same = same_groups(groups) && same_state(state);
   for (size_t i = 0; same && i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
+    if (i + kAhead < entries_.size()) {
+      for (const void* line : entries_[i + kAhead].lines) __builtin_prefetch(line);
+    }
     same = is_held(entry) && take_gradient(entry);
     if (!same || entry.grad == nullptr) continue;
     same = same_values(entry) && same_weight(entry) && same_states(entry);
@@ -277,12 +325,14 @@ void KeptStep::fill(const char* scalars_of_kinds) {
 }
 
 bool KeptStep::mark_written(PyObject* increment_version) {
+  for (const Entry& entry : entries_) {
+    for (const void* line : entry.written_lines) __builtin_prefetch(line, 1);
+  }
   const Owned written(PyList_New(0));
   if (written.get() == nullptr) return false;
   for (const Entry& entry : entries_) {
     if (entry.grad == nullptr) continue;
-    PyObject* const values = entry.plain ? entry.plain : entry.parameter;
-    if (PyList_Append(written.get(), values) != 0) return false;
+    if (PyList_Append(written.get(), entry.parameter) != 0) return false;
     if (entry.weight == nullptr) continue;
     if (PyList_Append(written.get(), entry.weight) != 0) return false;
     // Said first: another thread that reads the weight just now has nothing to write.

@@ -9,15 +9,17 @@
 //   groups hold these parameters, in this order  add_param_group, remask, a list that was edited
 //   optimizer.state holds these dicts            load_state_dict, a user's own state
 //   the module holds this compact parameter      release, remask, a block of tuned.released()
-//   values: object `plain`, address, version     p.data = x, share_memory_, any write
+//   values: address, version                     p.data = x, share_memory_, any write
 //   every owner holds this weight                load_state_dict(assign=True), untied weights
 //   weight: version                              load_state_dict, nn.init, any write
 //           storage, address                     weight.data = x, share_memory_
 //           shape, strides, dtype                weight.data = weight.data.t() or .view(dtype)
 //   state: object and address                    an entry that was replaced, moved or shared
 //   gradient: type, dtype, layout, size, device  set_to_none, backward, another tool's gradient
-// The address of a gradient is taken anew each time. Shape and dtype of a state are not asked: the
-// kept step holds its memory, so no address of it can be that of anything smaller.
+// A backward leaves none of this in the caches: some sixty lines of memory a tensor, which are
+// fetched some entries ahead. The address of a gradient is taken anew each time. Shape and dtype of
+// a state are not asked: the kept step holds its memory, so no address of it can be that of
+// anything smaller.
 #pragma once
 #include <Python.h>
 
@@ -70,13 +72,15 @@ class KeptStep {
     const void* address;
   };
   struct Entry {
-    PyObject *parameter, *values_name, *target, *seen, *plain, *weight;
+    PyObject *parameter, *values_name, *target, *seen, *weight;
     PyObject *shape, *strides, *dtype, *state;
     std::vector<Owner> owners;
     std::vector<State> states;
     const void *address, *weight_address, *weight_storage;
     float* step;  // in host memory; null: none is counted
     int64_t group, row, k;
+    std::vector<const void*> lines;          // of memory that the questions touch
+    std::vector<const void*> written_lines;  // and mark_written
     // Of the present step.
     PyObject* grad = nullptr;
     int64_t values_version = 0, weight_version = 0;
@@ -90,13 +94,15 @@ class KeptStep {
   bool same_weight(Entry& entry) const;
   bool same_states(const Entry& entry) const;
   bool take_gradient(Entry& entry);
+  void find_lines(Entry& entry) const;
+  void find_lines_of_tensor(PyObject* tensor, std::vector<const void*>& lines) const;
   size_t kind_of(const Entry& entry);
   char* row(const Entry& entry) const { return rows_ + entry.row * layout_.row; }
 
   // Questions, in the order of the constructor's tuple.
   PyObject *grad_, *version_, *dtype_, *shape_;                                      // attributes
   PyObject *data_ptr_, *numel_, *is_contiguous_, *stride_, *storage_, *get_device_;  // methods
-  PyObject* cdata_;  // of an untyped storage
+  PyObject *cdata_, *tensor_cdata_;  // addresses of an untyped storage, of a tensor
   PyObject *tensor_type_, *float32_;
   std::vector<Entry> entries_;
   std::vector<std::pair<PyObject*, PyObject*>> state_;

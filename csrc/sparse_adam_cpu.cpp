@@ -7,6 +7,13 @@
 
 namespace fishfast {
 
+static void prefetch_streams(const SparseAdamRow& row, int64_t entry) {
+  __builtin_prefetch(row.grad + entry);
+  __builtin_prefetch(row.values + entry, 1);
+  __builtin_prefetch(row.exp_avg + entry, 1);
+  __builtin_prefetch(row.exp_avg_sq + entry, 1);
+}
+
 // Inlined into both clones of update_block; the loops vectorise only when each is of one kind.
 template <bool kAmsgrad>
 FF_HOST_DEVICE void update_entries(const SparseAdamRow& row, int64_t begin, int64_t end) {

@@ -7,6 +7,12 @@
 
 namespace fishfast {
 
+static void prefetch_streams(const SparseSgdRow& row, int64_t entry) {
+  __builtin_prefetch(row.grad + entry);
+  __builtin_prefetch(row.values + entry, 1);
+  __builtin_prefetch(row.momentum_buffer + entry, 1);
+}
+
 FF_CPU_CLONES static void update_block(const SparseSgdRow& row, int64_t begin, int64_t end) {
   const SgdScalars scalars = row.scalars;
   const float* __restrict__ grads = row.grad;

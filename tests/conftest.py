@@ -31,6 +31,7 @@ pytest.register_assert_rewrite(
     "stepping",
     "train_only_modules",
     "train_only_net",
+    "twins",
 )
 
 

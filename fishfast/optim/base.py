@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fishfast import _backend
 from fishfast.optim.capturable import Tables, learning_rate, refuse_devices
+from fishfast.optim.flat_state import apart
 from fishfast.optim.kept_step import KeptStep
 from fishfast.optim.options import (
     UNSUPPORTED,
@@ -319,6 +320,7 @@ class SparseOptimizer(Optimizer, ABC):
             compact parameters, and theirs loads here.
         """
         saved = super().state_dict()
+        saved["state"] = {index: apart(state) for index, state in saved["state"].items()}
         add_masters(self, saved)
         return saved
 

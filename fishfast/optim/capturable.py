@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fishfast import _backend
+from fishfast.optim.flat_state import new_tensors
 from fishfast.optim.step_table import (
     CHUNK_DTYPE,
     chunk_table,
@@ -27,7 +28,7 @@ __all__ = [
     "LEARNING_RATE_DTYPE",
     "Tables",
     "learning_rate",
-    "place_step",
+    "place_steps",
     "refuse_devices",
 ]
 
@@ -62,16 +63,27 @@ def refuse_devices(operation: str, device: torch.device, backend: str) -> None:
         )
 
 
-def place_step(update: Update, start: float = 0.0) -> None:
-    """Put a parameter's step count where its kind of step reads it; make it if it is missing."""
-    state = update.state
-    where = update.values.device if update.group["capturable"] else _CPU
-    if "step" not in state:
-        refuse_in_capture("a parameter got its first gradient")
-        state["step"] = torch.full((), start, dtype=torch.float32, device=where)
-    elif state["step"].device != where:
-        refuse_in_capture("capturable changed")
-        state["step"] = state["step"].to(where)
+def place_steps(updates: list[Update], start: float = 0.0) -> None:
+    """Put step counts where each parameter's kind of step reads it; make those that are missing.
+
+    Args:
+        updates: the parameters, on one device.
+        start: of a count that is made.
+    """
+    missing = []
+    for update in updates:
+        state = update.state
+        where = update.values.device if update.group["capturable"] else _CPU
+        if "step" not in state:
+            refuse_in_capture("a parameter got its first gradient")
+            missing.append((state, torch.empty((), device=where)))
+        elif state["step"].device != where:
+            refuse_in_capture("capturable changed")
+            state["step"] = state["step"].to(where)
+    if missing:
+        made = new_tensors([like for _, like in missing])
+        for (state, _), step in zip(missing, made, strict=True):
+            state["step"] = step.fill_(start)
 
 
 def learning_rate(update: Update) -> tuple[int, float, int]:

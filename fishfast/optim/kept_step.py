@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["KeptStep"]
 
 _Entry = tuple[Any, ...]
-_attributes = operator.attrgetter("grad", "_version", "dtype", "shape")
+_attributes = operator.attrgetter("grad", "_version", "dtype", "shape", "_cdata")
 _methods = operator.attrgetter(
     "data_ptr", "numel", "is_contiguous", "stride", "untyped_storage", "get_device"
 )
@@ -162,7 +162,7 @@ def _entry(
         target,
     )
     if update is None:  # without a gradient, which it must be to remain so
-        return parameter, group, row, 0, *named, None, 0, None, None, None, (), 0
+        return parameter, group, row, 0, *named, 0, None, None, None, (), 0
     plain, weight, state = update.plain, update.weight, update.state
     facts = None
     if weight is not None and target is not None:
@@ -172,8 +172,7 @@ def _entry(
             target._seen,
         )  # fmt: skip
     return (
-        parameter, group, row, plain.numel(), *named, plain if target is not None else None,
-        plain.data_ptr(), weight, facts, state,
+        parameter, group, row, plain.numel(), *named, plain.data_ptr(), weight, facts, state,
         tuple((name, state[name], state[name].data_ptr()) for name in _read(optimizer, update)),
         state["step"].data_ptr() if "step" in state else 0,
     )  # fmt: skip

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fishfast.optim.base import SparseOptimizer
-from fishfast.optim.capturable import LEARNING_RATE_DTYPE, place_step
+from fishfast.optim.capturable import LEARNING_RATE_DTYPE, place_steps
+from fishfast.optim.flat_state import new_tensors
 from fishfast.optim.options import require_not_negative
 from fishfast.optim.step_table import row_dtype
 from fishfast.optim.update import Update, learning_rate_on_host, refuse_in_capture
@@ -124,14 +125,18 @@ class Adam(SparseOptimizer):
         _refuse_betas(group["betas"])
 
     def _advance(self, updates: list[Update]) -> None:
-        for update in updates:
-            place_step(update)
-            for name in self._used_states(update.group):
-                if name not in update.state:
-                    refuse_in_capture("amsgrad changed")
-                    update.state[name] = torch.zeros_like(
-                        update.values, memory_format=torch.contiguous_format
-                    )
+        place_steps(updates)
+        for name in _MOMENTS:
+            missing = [
+                update
+                for update in updates
+                if name not in update.state and name in self._used_states(update.group)
+            ]
+            if missing:
+                refuse_in_capture("amsgrad changed")
+                made = new_tensors([update.plain for update in missing])
+                for update, tensor in zip(missing, made, strict=True):
+                    update.state[name] = tensor
         counted = [u.state["step"] for u in updates if not u.group["capturable"]]
         if counted:
             # Of a number torch would make a tensor for each of them: four times as long.

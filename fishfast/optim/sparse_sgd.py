@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fishfast.optim.base import SparseOptimizer
-from fishfast.optim.capturable import LEARNING_RATE_DTYPE, place_step
+from fishfast.optim.capturable import LEARNING_RATE_DTYPE, place_steps
+from fishfast.optim.flat_state import new_tensors
 from fishfast.optim.options import require_not_negative
 from fishfast.optim.step_table import row_dtype
 from fishfast.optim.update import Update, learning_rate_on_host, refuse_in_capture
@@ -121,9 +121,9 @@ class SGD(SparseOptimizer):
             if update.group["momentum"] == 0:
                 continue
             started = update.state.get("momentum_buffer") is not None
-            place_step(update, start=float(started))
+            place_steps([update], start=float(started))
             if not started:
-                update.state["momentum_buffer"] = _new_buffer(update)
+                _make_buffers([update])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, as any optimizer here; of a capturable one the host waits for it."""
@@ -151,9 +151,13 @@ class SGD(SparseOptimizer):
 
     def _rows(self, updates: list[Update], grad_scale: float) -> tuple[np.ndarray, list[Tensor]]:
         first_steps = [update.state.get("momentum_buffer") is None for update in updates]
-        for update, first_step in zip(updates, first_steps, strict=True):
-            if update.group["momentum"] != 0 and first_step:
-                update.state["momentum_buffer"] = _new_buffer(update)
+        missing = [
+            update
+            for update, first_step in zip(updates, first_steps, strict=True)
+            if update.group["momentum"] != 0 and first_step
+        ]
+        if missing:
+            _make_buffers(missing)
         rows, held = super()._rows(updates, grad_scale)
         rows["scalars"]["first_step"] = first_steps
         return rows, held
@@ -173,9 +177,11 @@ def _as_torch_has_it(state: dict[str, Any]) -> dict[str, Any]:
     return kept if float(state["step"]) else {**kept, "momentum_buffer": None}
 
 
-def _new_buffer(update: Update) -> Tensor:
+def _make_buffers(updates: list[Update]) -> None:
     refuse_in_capture("momentum changed")
-    return torch.zeros_like(update.values, memory_format=torch.contiguous_format)
+    buffers = new_tensors([update.plain for update in updates])
+    for update, buffer in zip(updates, buffers, strict=True):
+        update.state["momentum_buffer"] = buffer
 
 
 def _all_scalars(group: dict[str, Any], negative_lr: float, grad_scale: float) -> tuple[Any, ...]:
