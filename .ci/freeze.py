@@ -3,8 +3,8 @@
     make constraints
 
 torch comes by itself (TORCH in the Makefile), and each of its builds asks for a triton, a sympy and
-CUDA packages of its own: pinned here they would refuse every other torch. A version that is not made
-for the oldest Python that fishfast supports gets a marker; older ones take what pip finds for them.
+CUDA packages of its own: pinned here they would refuse every other torch. A version that does not
+support Python 3.10 gets a marker; older Pythons take what pip finds for them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def pins() -> dict[str, str]:
 def main() -> None:
     """Print the head and the lines, in order of names."""
     torch, triton = map(importlib.metadata.version, ("torch", "triton"))
+    python = platform.python_version()
     print("# The versions that the tests were run with: pip install -c constraints.txt ...")
-    print(f"# Made by `make constraints`, {datetime.date.today()}, Python {platform.python_version()},")
-    print(f"# with torch {torch} and triton {triton}, which are not in it (.ci/freeze.py says why).")
+    print(f"# Made by `make constraints`, {datetime.date.today()}, Python {python},")
+    print(f"# torch {torch}, triton {triton}; these two are not in it: .ci/freeze.py says why.")
     for _, line in sorted(pins().items()):
         print(line)
 
