@@ -1,6 +1,7 @@
 # One command each: makes .venv, installs torch and fishfast with its extension, and runs.
 #   make demo                            the demo on real data, with pictures in demo-pictures/
-#   make test                            all tests, in two processes
+#   make test                            the tests, in two processes; its head says what it leaves out
+#   make test-long                       the exhaustive ones
 #   make test TORCH=torch                with another torch, here the newest
 # torch and triton are those that were tested, and all else is as in constraints.txt. Where torch brings
 # a triton (its builds for CUDA do), that one stays.
@@ -14,7 +15,7 @@ BENCH_SECONDS ?= 1080
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install $(CONSTRAINTS:%=-c %)
 
-.PHONY: demo test test-newest constraints doctest lint bench mutants clean
+.PHONY: demo test test-long test-newest constraints doctest lint bench mutants clean
 
 demo: $(VENV)/installed
 	$(RUN) -m fishfast demo --png demo-pictures
@@ -22,6 +23,10 @@ demo: $(VENV)/installed
 # torch's idle threads would spin on the other process's core; the order leaves no long file last.
 test: $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The exhaustive grids, of which make test runs a thin cut.
+test-long: $(VENV)/installed
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --no-loadscope-reorder -m long
 
 # Before a release: everything at its newest, in an environment of its own.
 test-newest:
