@@ -62,13 +62,15 @@ lint: $(VENV)/lint
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(RUN) -m mypy
 
-# torch comes first, by itself: any other package would choose its build. The extras come by the name
-# of what is installed: a second -e would compile the extension again.
+# torch comes first, by itself: any other package would choose its build. What compiles the extension
+# is of the versions that were tested, too, so it is not pip that brings it. The extras come by the
+# name of what is installed: a second -e would compile again.
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(CONSTRAINTS) $(wildcard csrc/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$(TORCH)"
 	$(RUN) -m pip show -q triton || $(INSTALL) "$(TRITON)"
-	$(INSTALL) -e ".[test]"
+	$(INSTALL) "setuptools>=77" pybind11 ninja cmake
+	$(INSTALL) --no-build-isolation -e ".[test]"
 	touch $@
 
 # Peers to measure against; backpack alone, or it would bring torchvision and with it another torch.
