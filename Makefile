@@ -1,15 +1,21 @@
 # One command each: makes .venv, installs torch and fishfast with its extension, and runs.
 #   make demo                            the demo on real data, with pictures in demo-pictures/
-#   make test                            all tests, in two processes
-#   make test TORCH=torch==2.13.0        with another torch (a CPU build, where your index has one)
-TORCH ?= torch
+#   make test                            the tests, in two processes; its head says what it leaves out
+#   make test-long                       the exhaustive ones
+#   make test TORCH=torch                with another torch, here the newest
+# torch and triton are those that were tested, and all else is as in constraints.txt. Where torch brings
+# a triton (its builds for CUDA do), that one stays.
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+CONSTRAINTS ?= constraints.txt
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_SET ?= cpu
 BENCH_SECONDS ?= 1080
 RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install $(CONSTRAINTS:%=-c %)
 
-.PHONY: demo test doctest lint bench mutants clean
+.PHONY: demo test test-long test-newest constraints doctest lint bench mutants clean
 
 demo: $(VENV)/installed
 	$(RUN) -m fishfast demo --png demo-pictures
@@ -17,6 +23,22 @@ demo: $(VENV)/installed
 # torch's idle threads would spin on the other process's core; the order leaves no long file last.
 test: $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The exhaustive grids, of which make test runs a thin cut.
+test-long: $(VENV)/installed
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --no-loadscope-reorder -m long
+
+# Before a release: everything at its newest, in an environment of its own.
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest TORCH=torch TRITON=triton CONSTRAINTS=
+
+# Writes constraints.txt: the newest of everything but of torch, triton and what .ci/held.txt names.
+constraints:
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT \
+	&& $(MAKE) "$$folder/bench" "$$folder/lint" VENV="$$folder" CONSTRAINTS=.ci/held.txt \
+	&& "$$folder/bin/python" .ci/freeze.py > "$$folder/constraints.txt" \
+	&& cp "$$folder/constraints.txt" constraints.txt
 
 doctest: $(VENV)/installed
 	$(RUN) -m pytest --doctest-modules fishfast
@@ -40,22 +62,26 @@ lint: $(VENV)/lint
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(RUN) -m mypy
 
-# torch comes first, by itself: any other package would choose its build.
-$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+# torch comes first, by itself: any other package would choose its build. What compiles the extension
+# is of the versions that were tested, too, so it is not pip that brings it. The extras come by the
+# name of what is installed: a second -e would compile again.
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(CONSTRAINTS) $(wildcard csrc/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install "$(TORCH)"
-	$(RUN) -m pip install -e ".[test]"
+	$(INSTALL) "$(TORCH)"
+	$(RUN) -m pip show -q triton || $(INSTALL) "$(TRITON)"
+	$(INSTALL) "setuptools>=77" pybind11 ninja cmake
+	$(INSTALL) --no-build-isolation -e ".[test]"
 	touch $@
 
 # Peers to measure against; backpack alone, or it would bring torchvision and with it another torch.
 $(VENV)/bench: $(VENV)/installed
-	$(RUN) -m pip install -e ".[bench]"
-	$(RUN) -m pip install --no-deps backpack-for-pytorch
+	$(INSTALL) "fishfast[bench]"
+	$(INSTALL) --no-deps backpack-for-pytorch
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed
-	$(RUN) -m pip install -e ".[lint]"
+	$(INSTALL) "fishfast[lint]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info fishfast/*.so bench/out demo-pictures .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest build *.egg-info fishfast/*.so bench/out demo-pictures .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ Switches (environment):
     FISHFAST_CUDA=auto|on|off   auto (default): CUDA when nvcc works; on: a missing nvcc is fatal.
     FISHFAST_CUDA_ARCHS=80,90   what nvcc compiles for; default: chosen by the compiler's version.
     FISHFAST_REQUIRE_EXT=1      no compiler is an error, not a pure Python install.
+    FISHFAST_BUILD_DIR=DIR      where CMake builds; kept, the next build compiles what has changed.
 """
 
 import os
@@ -80,7 +81,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        build = Path(os.environ.get("FISHFAST_BUILD_DIR") or self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         # A virtual environment that is used without being activated has cmake and ninja there.
         scripts = str(Path(sys.executable).parent)

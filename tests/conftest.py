@@ -1,4 +1,4 @@
-"""Shared set-up: says what is under test, and skips GPU cases with a reason."""
+"""Shared set-up: says what is under test, and what is left out (not_run.py)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from not_run import (  # noqa: F401  hooks
+    pytest_collection_modifyitems,
+    pytest_configure_node,
+    pytest_report_collectionfinish,
+    pytest_sessionfinish,
+    pytest_xdist_node_collection_finished,
+)
 from simt.build import build
 from simt.library import SimtLibrary
 
@@ -15,9 +22,6 @@ import fishfast as ff
 
 if TYPE_CHECKING:
     from simt.sparse_step_backend import SimulatedExtension
-
-GPU_REASON = "no CUDA device on this machine"
-LARGE_REASON = "takes gigabytes of memory; run with -m large"
 
 # Convolutions, too, in fp32 as on the CPU: on a card torch takes tf32 for them unless told.
 torch.backends.cudnn.allow_tf32 = False
@@ -43,18 +47,6 @@ def pytest_report_header() -> list[str]:
         f"extension {info['extension']} (nvcc {info['nvcc']}), torch {info['torch']}",
         f"unavailable {info['unavailable']}",
     ]
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "large" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("large"):
-                item.add_marker(pytest.mark.skip(reason=LARGE_REASON))
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=GPU_REASON))
 
 
 @pytest.fixture(autouse=True)

@@ -8,18 +8,22 @@ import stat
 import subprocess
 from pathlib import Path
 
+from processes import HANG_GUARD
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["build", "tests", "hashes", "sanitize", "bench", "report"]
 
 # Answers what run_gpu.sh asks a python. $ARCH: the card; $LACKS: packages that are not there;
-# $BROKEN: a word of a command that fails; $SLOW: one that does not end; $LOG: every call.
+# $BROKEN: a word of a command that fails; $SLOW: one that does not end, logged as soon as a signal
+# may come; $LOG: every call.
 PYTHON = """#!/usr/bin/env bash
-echo "$*" >>"$LOG"
-[ -n "$BROKEN" ] && [[ "$*" == *"$BROKEN"* ]] && exit 9
 [ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]] && {
   trap 'echo "FAILED: 2 passed" && exit 2' INT
-  sleep 60
+  echo "$*" >>"$LOG"
+  while :; do sleep 0.1; done
 }
+echo "$*" >>"$LOG"
+[ -n "$BROKEN" ] && [[ "$*" == *"$BROKEN"* ]] && exit 9
 case "$*" in
   *get_device_capability*) echo "$ARCH" ;;
   *find_spec*) for name in $LACKS; do [[ "$*" == *"'$name'"* ]] && exit 1; done ;;
@@ -35,10 +39,23 @@ exit 0
 SANITIZER = """#!/usr/bin/env bash
 echo "sanitizer $*" >>"$LOG"
 [ -n "$REFUSES" ] && echo "Device not supported"
-[ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]] && sleep 60
+[ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]] && sleep 36000
 [ -n "$MUTE" ] || echo "========= ERROR SUMMARY: 0 errors"
 [ -n "$FINDS" ] && [[ "$*" == *"$FINDS"* ]] && echo "=========     at $WHOSE" && exit 99
 exit 0
+"""
+
+# The real one, with a clock of cardboard: the time of a command with $LATE in it is up once $SLOW
+# has begun, that of all others never. SIGALRM is how `timeout` hears of its own clock.
+TIMEOUT = """#!/usr/bin/env bash
+echo "$*" >>"$LOG.limits"
+[ -n "$LATE" ] && [[ "$*" == *"$LATE"* ]] && {
+  (until grep -q "$SLOW" "$LOG"; do sleep 0.1; done; kill -ALRM $$) &
+}
+options=()
+while [[ "$1" == -* ]]; do options+=("$1") && shift; done
+shift
+exec /usr/bin/timeout "${options[@]}" 36000 "$@"
 """
 
 
@@ -56,6 +73,7 @@ class Script:
             shutil.copy(ROOT / "bench" / name, self.root / "bench")
         self.bin.mkdir()
         self.put("python3", PYTHON)
+        self.put("timeout", TIMEOUT)
         self.put("g++", "#!/bin/sh\n")
 
     def put(self, name: str, text: str) -> None:
@@ -65,12 +83,12 @@ class Script:
 
     def __call__(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*options, **environment)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=HANG_GUARD)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
         self.log.write_text("")
-        names = ("ARCH", "LACKS", "BROKEN", "SLOW", "REFUSES", "FINDS", "WHOSE", "MUTE")
+        names = ("ARCH", "LACKS", "BROKEN", "SLOW", "LATE", "REFUSES", "FINDS", "WHOSE", "MUTE")
         environment = {**dict.fromkeys(names, ""), **environment, "LOG": str(self.log)}
         environment["PATH"] = f"{self.bin}:/usr/bin:/bin"
         environment["CUDA_HOME"] = "/nowhere"

@@ -1,14 +1,27 @@
-"""The processes of a test: started, in one gloo group, ended."""
+"""The processes of a test: started, in one gloo group, ended; and how long to wait for any."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Seconds after which a process is taken to hang, and for nothing else: what takes seconds on a
+# quiet machine may take minutes on a busy one. pytest's own limit, in pyproject.toml, is longer.
+HANG_GUARD = 1800
+
+
+def wait_for(event: Callable[[], object]) -> None:
+    """Return once ``event()`` is true."""
+    guard = time.monotonic() + HANG_GUARD
+    while not event():
+        assert time.monotonic() < guard, f"waited {HANG_GUARD} s in vain"
+        time.sleep(0.05)
 
 
 def start(target: Callable[..., None], count: int, *arguments: Any) -> list[BaseProcess]:
@@ -23,7 +36,7 @@ def start(target: Callable[..., None], count: int, *arguments: Any) -> list[Base
 def finish(workers: list[BaseProcess]) -> None:
     """Wait for all, each of which must end well."""
     for worker in workers:
-        worker.join(timeout=150)
+        worker.join(timeout=HANG_GUARD)
         if worker.is_alive():
             worker.terminate()
         assert worker.exitcode == 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import HANG_GUARD
 from stepping import TORCH_HAS_FMA, CorrectSqrt
 from torch import nn
 
@@ -193,7 +194,7 @@ def run_without_extension(folder: Path, broken: bytes | None) -> list[Any]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_GUARD,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

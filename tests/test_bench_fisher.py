@@ -295,3 +295,15 @@ def test_sizes_have_four_names(bench: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("FISHFAST_BENCH", "large")
     with pytest.raises(ValueError, match="^FISHFAST_BENCH must be one of .*; got 'large'$"):
         harness.full_size()
+
+
+def test_a_further_batch_that_took_less_than_nothing_has_no_figure(
+    bench: Any, workload: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a difference of two times, which a busy machine may turn round."""
+    module, benchmark = bench("bench_fisher"), _Benchmark()
+    real = module._timed_fishfast
+    monkeypatch.setattr(module, "_timed_fishfast", lambda *given: (real(*given)[0], -0.5))
+    module.score_and_record(benchmark, "fishfast", workload)
+    assert "us_per_sample" in benchmark.extra_info
+    assert "times_floor_further" not in benchmark.extra_info

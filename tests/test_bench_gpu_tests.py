@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from processes import HANG_GUARD, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -54,7 +55,7 @@ def test_a_run_cut_short_says_what_it_did_not_reach(tmp_path: Path) -> None:
         "import pathlib, time\n"
         "def test_good(): pass\n"
         "def test_bad(): assert False\n"
-        "def test_slow():\n    pathlib.Path('here').touch()\n    time.sleep(60)\n"
+        "def test_slow():\n    pathlib.Path('here').touch()\n    time.sleep(36000)\n"
     )
     (tmp_path / "test_b.py").write_text("def test_late(): pass\ndef test_later(): pass\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -62,10 +63,8 @@ def test_a_run_cut_short_says_what_it_did_not_reach(tmp_path: Path) -> None:
         [sys.executable, "-m", "pytest", "-p", "bench.tests_outcome", "."],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    limit = time.monotonic() + 30
-    while not (tmp_path / "here").exists() and time.monotonic() < limit:
-        time.sleep(0.05)
+    wait_for(lambda: (tmp_path / "here").exists() or process.poll() is not None)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=HANG_GUARD)
     said = "1 passed, 1 failed (test_a.py 1), 3 not reached (test_a.py 1, test_b.py 2)"
     assert f"\nFAILED: {said}\n" in output

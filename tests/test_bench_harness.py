@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import HANG_GUARD
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 CPU = torch.device("cpu")
@@ -172,7 +173,7 @@ def run_bench(folder: Path, **environment: str) -> tuple[dict[str, Any], str]:
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-s", "-q", "--benchmark-enable",
          "--benchmark-json=figures.json", "-p", "no:cacheprovider"],
-        cwd=folder, capture_output=True, text=True, timeout=120,
+        cwd=folder, capture_output=True, text=True, timeout=HANG_GUARD,
         env={**inherited, "PYTHONPATH": str(BENCH.parent), "FISHFAST_BENCH": "toy", **environment},
     )  # fmt: skip
     file = folder / "figures.json"

@@ -120,12 +120,20 @@ def test_errors_in_kernels_of_others(script: Script, tool: str, whose: str, blam
 def test_a_sanitizer_without_end_leaves_the_findings_of_the_others(script: Script) -> None:
     script.put("compute-sanitizer", SANITIZER)
     result = script(
-        "--only", "sanitize", "--minutes", "0.12", ARCH="90", SLOW="synccheck", FINDS="racecheck",
+        "--only", "sanitize", ARCH="90", SLOW="synccheck", LATE="tool synccheck", FINDS="racecheck",
         WHOSE="fishfast::topk::count(Work)+0x110",
     )  # fmt: skip
     assert result.returncode == 1
     assert "found by: racecheck of bits synccheck of bits: not done after" in result.stdout
-    assert "memcheck of fisher: no time was left" in result.stdout
+
+
+def test_a_sanitizer_without_time_is_no_clean_one(script: Script) -> None:
+    script.put("compute-sanitizer", SANITIZER)
+    result = script("--only", "sanitize", "--minutes", "0.08", ARCH="90")
+    assert result.returncode == 1
+    for what in ("memcheck of bits", "synccheck of bits", "memcheck of fisher"):
+        assert f"{what}: no time was left" in result.stdout
+    assert script.calls("sanitizer --tool") == 0
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from gpu_script import Script
+from processes import HANG_GUARD, wait_for
 
 
 @pytest.fixture
@@ -45,19 +45,22 @@ def test_changed_sources_are_not_taken_for_done(script: Script) -> None:
 
 
 def test_a_part_that_does_not_end_is_ended(script: Script) -> None:
-    result = script("--only", "hashes,report", "--minutes", "0.03", SLOW="fingerprints.py run cpu")
+    slow = {"SLOW": "fingerprints.py run cpu", "LATE": "gpu_parts.sh hashes"}
+    result = script("--only", "hashes,report", "--minutes", "30", **slow)
     assert result.returncode == 1
-    assert re.search("hashes    failed: not done after [1-9] s; 2 passed; see", result.stdout)
+    assert re.search(r"hashes    failed: not done after \d+ s; 2 passed; see", result.stdout)
+    # 40 of 60 shares, of what is left of the 30 minutes.
+    called = script.log.with_suffix(".limits").read_text()
+    (limit,) = re.findall(r"--kill-after=20 (\d+) \S+ bench/gpu_parts.sh hashes", called)
+    assert 0 < int(limit) <= 1200
     assert not (script.out / "hashes.done").exists()
 
 
 def test_ctrl_c_ends_the_part_in_hand_and_the_next_run_goes_on(script: Script) -> None:
     process = script.start("--only", "build,hashes,bench", SLOW="fingerprints.py run cpu")
-    limit = time.monotonic() + 30
-    while not script.calls("fingerprints.py run cpu") and time.monotonic() < limit:
-        time.sleep(0.05)
+    wait_for(lambda: script.calls("fingerprints.py run cpu") or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANG_GUARD)
     assert process.returncode == 130
     summary = (script.out / "summary.txt").read_text()
     assert re.search(r"hashes    failed: interrupted after \d+ s; 2 passed\n", summary)

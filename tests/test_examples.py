@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import HANG_GUARD
 
 import fishfast as ff
 
@@ -43,7 +44,7 @@ def smoke(folder: Path, script: str, *options: str) -> tuple[str, str]:
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), "--smoke", *options],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=400,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_GUARD,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {path.name for path in folder.iterdir()} <= {"cache"}, "a smoke run leaves nothing"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import HANG_GUARD
 
 EXTENSION = importlib.util.find_spec("fishfast._C")
 
@@ -56,5 +57,5 @@ check(extension)
 @pytest.mark.parametrize("script", [WITHOUT_TORCH, FORKED], ids=["without torch", "forked"])
 def test_chunks_are_counted_once_by_whatever_threads_there_are(script):
     command = [sys.executable, "-c", COUNT + script, EXTENSION.origin]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import HANG_GUARD
 from simt.build import CSRC, HERE, build
 from simt.library import SimtLibrary
 from simt.run import command_and_environment, missing_runtime
@@ -84,7 +85,12 @@ def run_samples(mode: str, library: Path, *arguments: str) -> subprocess.Complet
         mode, ["-m", "simt.samples", str(library), *arguments]
     )
     return subprocess.run(
-        command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=120
+        command,
+        env=environment,
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        timeout=HANG_GUARD,
     )
 
 
@@ -130,7 +136,7 @@ def test_nvcc_compiles_the_same_sources(folder: Path) -> None:
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
     kernels = [str(source) for source in SOURCES if source.suffix == ".cu"]
     out = folder / "kernels.a"
-    subprocess.run([*command, *kernels, "-o", str(out)], check=True, timeout=120)
+    subprocess.run([*command, *kernels, "-o", str(out)], check=True, timeout=HANG_GUARD)
     assert out.stat().st_size > 0
 
 

@@ -1,7 +1,8 @@
 """Every configuration that can be launched compiles: no spills, shared memory that the card has.
 
 The launches are recorded from the primitives themselves, over shapes that reach every configuration
-of their tables, and layouts from all aligned to nothing aligned.
+of their tables, and layouts from all aligned to nothing aligned. Each is compiled for one of the
+architectures, the next one for the next; `make test-long` compiles each for all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from triton_cpu.ahead_of_time import compile_all, record
+from triton_cpu.ahead_of_time import ARCHITECTURES, Launch, compile_all, record
 
 pytest.importorskip("triton")
 
@@ -49,12 +50,30 @@ def test_precision_set_in_the_new_way() -> None:
     assert launch.fp32_precision() == "tf32"
 
 
-def check(launches, num_expected) -> list:
+@pytest.fixture(params=["in turns", pytest.param("all", marks=pytest.mark.long)])
+def architectures(request: pytest.FixtureRequest) -> str:
+    """Which architectures a launch is compiled for."""
+    return request.param
+
+
+def is_pipelined(launch: Launch) -> bool:
+    """Whether an sm_90 runs its products while the next operands are being copied."""
+    large = launch.kernel == "samples_kernel" and 128 in dict(launch.constants).values()
+    return large and dict(launch.signature)["grad_ptr"] != "*fp32"
+
+
+def check(launches, num_expected, architectures) -> list:
     """Compile; ``num_expected`` says that the recorder saw what the test meant it to see."""
     launches = list(dict.fromkeys(launches))
     assert len(launches) == num_expected
-    usages = compile_all(launches)
-    assert len(usages) == num_expected * len(SHARED)
+    if architectures == "all":
+        usages = compile_all(list(itertools.product(launches, ARCHITECTURES)))
+        assert len(usages) == num_expected * len(SHARED)
+    else:
+        turns = itertools.cycle(ARCHITECTURES)
+        usages = compile_all([(one, 90 if is_pipelined(one) else next(turns)) for one in launches])
+        assert len(usages) == num_expected
+        assert {usage.architecture for usage in usages} == SHARED.keys()
     for usage in usages:
         what = f"{usage.launch} for sm_{usage.architecture}"
         assert usage.stack_bytes == 0, f"spills {usage.stack_bytes} bytes: {what}"
@@ -84,7 +103,7 @@ def precisions(dtype):
         yield precision
 
 
-def test_linear() -> None:
+def test_linear(architectures: str) -> None:
     launches = []
     kernels = [(fisher_linear, "samples_kernel"), (fisher_linear_rows, "rows_kernel")]
     for dtype, side, rows in itertools.product(DTYPES, (64, 128, 50), (100, 24)):
@@ -98,11 +117,8 @@ def test_linear() -> None:
     tables = itertools.chain(*fisher_linear.CONFIGS.values(), fisher_linear_rows.CONFIGS.values())
     assert configs_of(launches, linear_tile.Config) == table_of(tables)
     pipelined = 0
-    for usage in check(launches, 24):
-        signature, constants = dict(usage.launch.signature), dict(usage.launch.constants)
-        large = usage.launch.kernel == "samples_kernel" and 128 in constants.values()
-        if large and usage.architecture == 90 and signature["grad_ptr"] != "*fp32":
-            # Products run while the next operands are being copied.
+    for usage in check(launches, 24, architectures):
+        if is_pipelined(usage.launch) and usage.architecture == 90:
             assert "wgmma.mma_async" in usage.ptx
             assert "wgmma.wait_group.sync.aligned 1" in usage.ptx
             assert "cp.async" in usage.ptx
@@ -119,7 +135,7 @@ def sum_operands(dtype):
     yield torch.zeros(2, 64, 70, dtype=dtype)[:, :, ::2]
 
 
-def test_sum() -> None:
+def test_sum(architectures: str) -> None:
     """A norm in every layout, for it has the most operands; the others in each configuration."""
     launches = []
     for dtype in DTYPES:
@@ -134,10 +150,10 @@ def test_sum() -> None:
                 )
     reached = configs_of(launches, fisher_sum.Config)
     assert reached == table_of(fisher_sum.CONFIGS.values())
-    check(launches, 78)
+    check(launches, 78, architectures)
 
 
-def test_embedding() -> None:
+def test_embedding(architectures: str) -> None:
     launches = []
     rows = torch.zeros(4, dtype=torch.int64)
     for dtype, size, transposed in itertools.product(DTYPES, (64, 67), (False, True)):
@@ -145,10 +161,10 @@ def test_embedding() -> None:
         grad = torch.zeros(4, size, dtype=dtype)
         kernels = [(fisher_embedding, "embedding_kernel")]
         launches += record(kernels, fisher_embedding.add_embedding, score, rows, rows, grad, 2)
-    check(launches, 3 * 2 * 2)
+    check(launches, 3 * 2 * 2, architectures)
 
 
-def test_conv() -> None:
+def test_conv(architectures: str) -> None:
     launches = []
     layouts = [torch.contiguous_format, torch.channels_last]
     sizes = [(16, 128, 18), (16, 16, 18), (7, 67, 9), (7, 5, 9)]
@@ -161,4 +177,4 @@ def test_conv() -> None:
             kernels = [(fisher_conv, "conv_kernel")]
             launches += record(kernels, fisher_conv.add_conv, score, grad, x, *options)
     assert configs_of(launches, fisher_conv.Config) == table_of(fisher_conv.CONFIGS.values())
-    check(launches, 32)
+    check(launches, 32, architectures)

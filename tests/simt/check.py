@@ -15,6 +15,7 @@ By hand, in tests/::
 from __future__ import annotations
 
 import importlib
+import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -46,9 +47,12 @@ def api_of(stem: str) -> Path:
 
 def main() -> None:
     """Check a library under the first schedules; exit with DEFECT_FOUND at the first defect."""
-    if len(sys.argv) != 4:
-        sys.exit("usage: python -m simt.check STEM LIBRARY.so NUMBER_OF_SCHEDULES")
+    if len(sys.argv) not in (4, 5):
+        sys.exit("usage: python -m simt.check STEM LIBRARY.so NUMBER_OF_SCHEDULES [CPU_SECONDS]")
     stem, library, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    if len(sys.argv) == 5:  # SIGXCPU ends it
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[4]), hard))
     check = check_of(stem)
     lib = SimtLibrary(library)
     for schedule in schedules(count):

@@ -34,12 +34,11 @@ void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
   check_launch(grid, block, shared_bytes);
-  Launch launch;
+  Launch launch(schedule);
   launch.grid = grid;
   launch.block = block;
   launch.shared_bytes = shared_bytes;
   launch.body = &body;
-  launch.schedule = schedule;
 
   std::vector<std::thread> others;
   for (int number = 1; number < launch.schedule.threads; number++) {

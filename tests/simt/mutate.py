@@ -15,9 +15,11 @@ Survivors are listed and make the exit status 1; equivalent_mutants.py names tho
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,8 +46,10 @@ TRIALS = {
     SYNCHRONISATION: (("plain", 18), ("tsan", 6), ("asan", 9), *_ALL_SCHEDULES),
     ARITHMETIC: (("plain", 36), ("asan", 9), ("tsan", 6), *_ALL_SCHEDULES),
 }
-# What one schedule may take, many times what it does: a mutant may never end.
+# CPU seconds that one schedule may take, many times what it does: a mutant may never end. By the
+# clock a busy machine would catch it.
 _SECONDS_PER_SCHEDULE = {"plain": 0.5, "asan": 5, "tsan": 10}
+_HANG_GUARD = 1800  # seconds by the clock, of a mutant that sleeps
 
 
 @dataclass(frozen=True)
@@ -156,9 +160,9 @@ class Judge:
             if "static assertion failed" in str(error):
                 return "static assertion"
             raise BrokenCheck(f"a mutant of {source.name} does not compile:\n{error}") from error
-        arguments = ["-m", "simt.check", target.stem, str(library), str(count)]
+        limit = math.ceil(20 + count * _SECONDS_PER_SCHEDULE[mode])
+        arguments = ["-m", "simt.check", target.stem, str(library), str(count), str(limit)]
         command, environment = command_and_environment(mode, arguments)
-        limit = 20 + count * _SECONDS_PER_SCHEDULE[mode]
         lock = self._one_tsan if mode == "tsan" else threading.Lock()
         with lock:
             try:
@@ -168,12 +172,14 @@ class Judge:
                     cwd=HERE.parent,
                     capture_output=True,
                     text=True,
-                    timeout=limit,
+                    timeout=_HANG_GUARD,
                 )
             except subprocess.TimeoutExpired as error:
-                if mode != "plain":  # it did end without a sanitizer: the machine is slow
-                    raise BrokenCheck(f"no verdict on {source} under {mode}: {error}") from error
-                return f"still running after {limit:.0f} s"
+                raise BrokenCheck(f"no verdict on {source} under {mode}: {error}") from error
+        if result.returncode == -signal.SIGXCPU:
+            if mode != "plain":  # it did end without a sanitizer
+                raise BrokenCheck(f"no verdict on {source} under {mode} after {limit} CPU seconds")
+            return f"still running after {limit} CPU seconds"
         return _what_failed(result)
 
     def _unchanged_objects(self, target: Target, mode: str) -> list[Path]:

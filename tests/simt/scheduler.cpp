@@ -12,7 +12,8 @@ namespace {
 // deadlock. In order a round is one look per waiting thread: 100000 take 0.1 s for one thread and 3
 // s for 1024.
 constexpr int kMaxSpinRounds = 100000;
-// With several OS threads the rounds are slowed down (see below): 10000 take about 2 s.
+// With several OS threads the rounds are slowed down (see below), 10000 take about 2 s, and every
+// thread must have looked as often: one that gets no CPU has not.
 constexpr int kMaxSpinRoundsThreaded = 10000;
 
 // Atomics in a row before another thread gets the CPU. In order: rarely, only so that an atomic
@@ -41,6 +42,7 @@ thread_local Worker* worker = nullptr;
 
 Worker::Worker(Launch& launch, int number)
     : launch_(launch),
+      number_(number),
       random_(launch.schedule.seed + number),
       seeded_(launch.schedule.seed != 0),
       blocks_(launch.schedule.resident_blocks) {
@@ -76,6 +78,7 @@ void Worker::run() {
     watch_for_endless_spin();
   }
 
+  launch_.spun_in_vain[number_] = Launch::kEnded;
   grid_end.acquire();
   launch_.trace += trace_;
   clean_up();
@@ -229,11 +232,16 @@ void Worker::watch_for_endless_spin() {
   }
   if (spin_rounds_ < (threaded ? kMaxSpinRoundsThreaded : kMaxSpinRounds)) return;
   const uint64_t events = launch_.events.load(std::memory_order_relaxed);
-  if (events == events_seen_ || !threaded) {
-    report_deadlock("endless spin", State::kYielded);
+  if (events != events_seen_ && threaded) {
+    events_seen_ = events;
+    spin_rounds_ = 1;
+    return;
   }
-  events_seen_ = events;
-  spin_rounds_ = 1;
+  launch_.spun_in_vain[number_] = events;
+  for (const std::atomic<uint64_t>& since : launch_.spun_in_vain) {
+    if (threaded && since != events && since != Launch::kEnded) return;
+  }
+  report_deadlock("endless spin", State::kYielded);
 }
 
 void Worker::report_deadlock(const char* kind, State preferred) {

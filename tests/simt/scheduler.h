@@ -92,11 +92,17 @@ struct Launch {
   Schedule schedule;
   std::atomic<int64_t> next_block{0};
   std::atomic<uint64_t> events{0};  // of finished worker rounds; see Worker::watch_for_endless_spin
+  // By worker: the events after which it has looked at flags in vain, long enough for a deadlock.
+  static constexpr uint64_t kLooking = UINT64_MAX, kEnded = UINT64_MAX - 1;
+  std::vector<std::atomic<uint64_t>> spun_in_vain;
   std::atomic<bool> stop{false};
   std::atomic<uint64_t> trace{0};  // which thread was resumed when, hashed
   std::mutex error_mutex;
   std::string error;  // the first one
 
+  explicit Launch(const Schedule& chosen) : schedule(chosen), spun_in_vain(chosen.threads) {
+    for (std::atomic<uint64_t>& since : spun_in_vain) since = kLooking;
+  }
   int64_t num_blocks() const { return int64_t(grid.x) * grid.y * grid.z; }
   int block_size() const { return static_cast<int>(block.x * block.y * block.z); }
 };
@@ -129,6 +135,7 @@ class Worker {
   void clean_up();
 
   Launch& launch_;
+  const int number_;
   Random random_;
   const bool seeded_;
   std::vector<Block> blocks_;

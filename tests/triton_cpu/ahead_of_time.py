@@ -151,8 +151,7 @@ def compile_launch(job: tuple[Launch, int]) -> Usage:
     return Usage(launch, architecture, int(registers), int(stack), shared, compiled.asm["ptx"])
 
 
-def compile_all(launches: list[Launch], architectures=ARCHITECTURES) -> list[Usage]:
-    """Compile every launch for every architecture, in as many processes as there are cores."""
-    jobs = [(launch, architecture) for launch in launches for architecture in architectures]
+def compile_all(jobs: list[tuple[Launch, int]]) -> list[Usage]:
+    """Compile launches for architectures, in as many processes as there are cores."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_launch, jobs))

@@ -14,7 +14,7 @@ import os
 import pickle
 from typing import Any
 
-_PATIENCE = 120  # seconds; a kernel that never ends would stop the tests
+from processes import HANG_GUARD
 
 
 class InWorker(RuntimeError):
@@ -45,10 +45,10 @@ class Worker:
     def call(self, module: str, function: str, args: tuple[Any, ...], num_sms: int):
         """Return the result, the arguments as they are after the call, and what was checked."""
         self.line.send_bytes(pickle.dumps((module, function, args, num_sms)))
-        if not self.line.poll(_PATIENCE):
+        if not self.line.poll(HANG_GUARD):
             worker.cache_clear()
             self.process.kill()
-            raise InWorker(f"{function} gave no answer in {_PATIENCE} s: does it end?")
+            raise InWorker(f"{function} gave no answer in {HANG_GUARD} s: does it end?")
         succeeded, answer = pickle.loads(self.line.recv_bytes())
         if not succeeded:
             raise InWorker(answer)
