@@ -75,9 +75,9 @@ class TuningState:
                 f"weights outside the mask changed since train_only, such as {changed[0]!r}, so "
                 "the delta would not give this model again. If the whole model was averaged or "
                 "copied (EMA, SWA; rounding moves constant weights): keep p.detach().clone() of "
-                "each of tuned.parameters(), load the base checkpoint into the model, copy the values "
-                "back into the parameters, and average those alone. If these weights train: put "
-                "them into the mask (keep=). If another base checkpoint was loaded, or "
+                "each of tuned.parameters(), load the base checkpoint into the model, copy the "
+                "values back into the parameters, and average those alone. If these weights "
+                "train: put them into the mask (keep=). If another base checkpoint was loaded, or "
                 "DistributedDataParallel sent another rank's weights here: call tuned.rebase() "
                 "right after"
             )
