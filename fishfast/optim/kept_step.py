@@ -12,7 +12,7 @@ parameters on several devices, and tensors of a class of their own.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from fishfast import _backend
 from fishfast.optim.step_table import launch
 from fishfast.optim.update import Update
 from fishfast.training.gradient.tapped_module import VALUES_SUFFIX, CompactParameter
-
-if TYPE_CHECKING:
-    from fishfast.optim.base import SparseOptimizer
 
 __all__ = ["KeptStep"]
 
@@ -44,7 +41,7 @@ class KeptStep:
     """A step that was checked, taken again for as long as everything is as it was.
 
     Args:
-        optimizer: whose step it was.
+        optimizer: the `fishfast.optim.base.SparseOptimizer` whose step it was.
         rows: its table.
         updates: its parameters, all on one device.
         held: tensors that the rows have addresses of and nobody else keeps.
@@ -53,7 +50,7 @@ class KeptStep:
 
     def __init__(
         self,
-        optimizer: SparseOptimizer,
+        optimizer: Any,
         rows: np.ndarray,
         updates: list[Update],
         held: list[Tensor],
@@ -89,7 +86,7 @@ class KeptStep:
         )  # fmt: skip
 
     @staticmethod
-    def fits(optimizer: SparseOptimizer, updates: list[Update]) -> bool:
+    def fits(optimizer: Any, updates: list[Update]) -> bool:
         """Return whether a step can be kept: no class overrides what is asked of its tensors.
 
         Args:
@@ -110,7 +107,7 @@ class KeptStep:
         apart = len({step.data_ptr() for step in steps}) == len(steps)
         return apart and all(step.dtype == torch.float32 for step in steps)
 
-    def take(self, optimizer: SparseOptimizer, grad_scale: float) -> bool:
+    def take(self, optimizer: Any, grad_scale: float) -> bool:
         """Take a step if everything is as it was when this was kept.
 
         Args:
@@ -144,14 +141,14 @@ class KeptStep:
         return True
 
 
-def _read(optimizer: SparseOptimizer, update: Update) -> tuple[str, ...]:
+def _read(optimizer: Any, update: Update) -> tuple[str, ...]:
     """Return the names of the state that a step reads by address, its count among them."""
     used = optimizer._used_states(update.group)
     return (*used, "step") if "step" in update.state else used
 
 
 def _entry(
-    optimizer: SparseOptimizer, parameter: Tensor, group: int, row: int, update: Update | None
+    optimizer: Any, parameter: Tensor, group: int, row: int, update: Update | None
 ) -> _Entry:
     """Return what csrc/kept_step.h knows of a parameter: objects, and facts about them."""
     target = parameter.target if isinstance(parameter, CompactParameter) else None
