@@ -254,7 +254,12 @@ def tapped_property(name: str) -> property:
             target, parameters = module._masked[name], module._parameters
             weight, values = parameters.get(name), parameters.get(values_name)
             if weight is not None and values is target.values and weight.shape == target.shape:
-                if values.plain._version != values.agreed:
+                seen = target._seen
+                if (
+                    values.plain._version != values.agreed
+                    or seen is None
+                    or seen.version != weight._version
+                ):
                     settle(values)
                 if not torch.is_grad_enabled():
                     return weight

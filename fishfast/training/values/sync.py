@@ -14,7 +14,7 @@ a step that raised half-way         maybe nothing            unsettled: the next
 masters: an EMA swap, a clamp       the masters' version     the next read writes them
 masters: a collective               nothing                  unsettled by what torch asks before it
                                                              (``is_complex``, ``.data``)
-the weight: ``nn.init``, an EMA     the weight's version     the next step, save or remask takes
+the weight: ``nn.init``, an EMA     the weight's version     the next read, step or save takes over
                                                              entries that no master rounds to
 the weight, replaced                identity, address or     the same
                                     strides
@@ -67,19 +67,20 @@ __all__ = [
 
 
 def settle(values: Any) -> None:
-    """Before a weight is read: write values into it if anything wrote to them since.
+    """Before a weight is read: make it and its values agree, as far as that raises nothing.
 
-    A weight that was changed, too, stays as it is: `follow` decides in the next step. Code under
-    torch.compile passes by: a write is no part of the graph that it traces.
+    Code under torch.compile passes by: a write is no part of the graph that it traces.
 
     Args:
         values: a compact parameter; anything else, such as what torch.func puts in its place, has
             no weight.
     """
-    if type(values) is CompactParameter and not is_dynamo_compiling() and values.is_written:
-        target = values.target
-        if not target.has_seen or target.agrees() or target.has_bits():
-            write([values])
+    if type(values) is not CompactParameter or is_dynamo_compiling():
+        return
+    target, written = values.target, values.is_written
+    # A copy that nothing wrote to agrees with its weight, though it has not seen it yet.
+    if (written or (target.has_seen and not target.agrees())) and target.is_present():
+        follow(values)
 
 
 def follow(values: CompactParameter) -> None:
