@@ -235,3 +235,28 @@ def test_remask_in_a_callback() -> None:
     base, _ = tiny_transformer("bert")
     ff.load_delta("task.safetensors").apply_(base)
     assert_same(state_of(base), state_of(tuned.model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_default_optimizer_trains_the_model_and_its_delta_has_it(dtype: torch.dtype) -> None:
+    """The Trainer's own, torch's fused AdamW, which counts no versions; attach is not called."""
+    tuned = tuned_of("bert", dtype)
+    base = copy.deepcopy(tuned).release()
+    before = state_of(tuned.model)
+    arguments = tf.TrainingArguments(
+        output_dir="out", use_cpu=True, max_steps=6, learning_rate=LR, report_to=[],
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = tf.Trainer(model=tuned.model, args=arguments, train_dataset=examples())
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
+    assert trainer.optimizer.optimizer.defaults["fused"]
+    assert_masters_match(tuned.model)
+    after = state_of(tuned.model)
+    assert_same(outside(tuned, after), outside(tuned, before))
+    masked = [name for name, found in tuned.mask.items() if len(found)]
+    still = [name for name in masked if same_bits(after[name], before[name])]
+    assert len(still) < 0.1 * len(masked)  # some rows of an embedding are in no batch
+    ff.save_delta(tuned, "delta")
+    ff.load_delta("delta").apply_(base)
+    assert_same(state_of(base), after)
