@@ -18,7 +18,7 @@ from fishfast.optim.flat_state import apart
 from fishfast.optim.kept_step import KeptStep
 from fishfast.optim.options import (
     UNSUPPORTED,
-    refuse_not_numbers,
+    check_numbers,
     refuse_other_parameter,
     refuse_unsupported,
 )
@@ -121,6 +121,7 @@ class SparseOptimizer(Optimizer, ABC):
         Raises:
             ValueError: a trainable parameter of another dtype, one that is not contiguous, or an
                 option that this optimizer does not have, or not for these parameters.
+            TypeError: ``betas`` that are no pair.
             RuntimeError: the backend that was asked for by name cannot run on their device.
         """
         held = len(self.param_groups)
@@ -128,12 +129,13 @@ class SparseOptimizer(Optimizer, ABC):
         refuse_unsupported(options)
         super().add_param_group(param_group)
         try:
+            self._refuse_options(self.param_groups[-1])
             for parameter in self.param_groups[-1]["params"]:
                 if options["capturable"]:
                     self._refuse_capturable(parameter.device)
                 if parameter.requires_grad:
                     refuse_other_parameter(parameter)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):
             del self.param_groups[held:]
             raise
 
@@ -270,7 +272,7 @@ class SparseOptimizer(Optimizer, ABC):
 
     def _refuse_options(self, group: dict[str, Any]) -> None:
         """Refuse what a param group was given since, before anything is changed."""
-        refuse_not_numbers(group, self._numbers)
+        check_numbers(group, self._numbers)
 
     def _refuse_capturable(self, device: torch.device) -> None:
         if self._check_finite:

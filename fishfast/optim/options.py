@@ -5,6 +5,7 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from fishfast.training.gradient.tapped_module import CompactParameter
 
 __all__ = [
     "UNSUPPORTED",
-    "refuse_not_numbers",
+    "check_numbers",
+    "number",
     "refuse_other_parameter",
     "refuse_unsupported",
     "require_not_negative",
@@ -25,7 +27,7 @@ UNSUPPORTED = {
 
 
 def refuse_unsupported(options: dict[str, Any]) -> None:
-    """Refuse options that there are none of.
+    """Refuse options that these optimizers do not support.
 
     Args:
         options: of a param group.
@@ -38,27 +40,60 @@ def refuse_unsupported(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be False; got {options[name]}: {reason}")
 
 
-def require_not_negative(**options: float | Tensor) -> None:
+def number(name: str, value: Any, where: str = "") -> Any:
+    """Return an option as a number: what numpy made becomes a float, a tensor stays one.
+
+    Args:
+        name: of the option.
+        value: as it was given.
+        where: it was given, for the error.
+
+    Raises:
+        ValueError: neither a number nor a tensor or array with one element.
+    """
+    if type(value) is float:  # nearly always, and to ask for Real takes a microsecond
+        return value
+    if isinstance(value, (np.generic, np.ndarray)) and value.size == 1:
+        value = value.item()
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        return value
+    got = f"shape {tuple(value.shape)}" if hasattr(value, "shape") else f"{value!r}"
+    raise ValueError(
+        f"{name} must be a number or a tensor with one element; got {got}{where}"
+        f"{_what_to_do(value)}"
+    )
+
+
+def _what_to_do(value: Any) -> str:
+    if value is None:
+        return "; leave it out for the default"
+    if not isinstance(value, str):
+        return ""
+    # YAML 1.1 wants a dot in a number, so 1e-3 arrives as text.
+    return ", which is text; pass float(...) of it, or write a dot in YAML, as in 1.0e-3"
+
+
+def require_not_negative(**options: Any) -> dict[str, Any]:
     """Check numbers, or tensors with one element.
 
     Args:
         **options: the value of each option.
 
+    Returns:
+        The same names with numbers.
+
     Raises:
-        ValueError: a negative number, NaN, or a tensor with another number of elements.
+        ValueError: no number, a negative one, or NaN.
     """
-    for name, value in options.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"{name} must be a number or a tensor with one element; got shape "
-                f"{tuple(value.shape)}"
-            )
+    numbers = {name: number(name, value) for name, value in options.items()}
+    for name, value in numbers.items():
         if not float(value) >= 0:
             raise ValueError(f"{name} must be at least 0; got {value}")
+    return numbers
 
 
-def refuse_not_numbers(group: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Refuse what a param group was given since it was made.
+def check_numbers(group: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Refuse what a param group was given that is no number; make floats of numpy's, in place.
 
     Args:
         group: a param group.
@@ -68,14 +103,8 @@ def refuse_not_numbers(group: dict[str, Any], names: tuple[str, ...]) -> None:
         ValueError: one is neither a number nor a tensor with one element.
     """
     for name in names:
-        value = group[name]
-        # Nearly all are floats, and to ask for Real takes a microsecond.
-        is_number = type(value) is float or isinstance(value, Real)
-        if not (is_number or (isinstance(value, Tensor) and value.numel() == 1)):
-            raise ValueError(
-                f"{name} must be a number or a tensor with one element; got {value!r} in a "
-                "param group"
-            )
+        if type(group[name]) is not float:
+            group[name] = number(name, group[name], " in a param group")
 
 
 def refuse_other_parameter(parameter: Tensor) -> None:

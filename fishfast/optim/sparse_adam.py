@@ -12,7 +12,7 @@ from torch import Tensor
 from fishfast.optim.base import SparseOptimizer
 from fishfast.optim.capturable import LEARNING_RATE_DTYPE, place_steps
 from fishfast.optim.flat_state import new_tensors
-from fishfast.optim.options import require_not_negative
+from fishfast.optim.options import number, require_not_negative
 from fishfast.optim.step_table import row_dtype
 from fishfast.optim.update import Update, learning_rate_on_host, refuse_in_capture
 
@@ -110,11 +110,10 @@ class Adam(SparseOptimizer):
         backend: str = "auto",
         check_finite: bool = False,
     ) -> None:
-        require_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
-        _refuse_betas(betas)
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "amsgrad": amsgrad, "maximize": maximize, "foreach": foreach, "fused": fused,
+            **require_not_negative(lr=lr, eps=eps, weight_decay=weight_decay),
+            "betas": _checked_betas(betas), "amsgrad": amsgrad,
+            "maximize": maximize, "foreach": foreach, "fused": fused,
             "capturable": capturable, "differentiable": differentiable,
             "decoupled_weight_decay": decoupled_weight_decay,
         }  # fmt: skip
@@ -122,7 +121,7 @@ class Adam(SparseOptimizer):
 
     def _refuse_options(self, group: dict[str, Any]) -> None:
         super()._refuse_options(group)
-        _refuse_betas(group["betas"])
+        group["betas"] = _checked_betas(group["betas"])
 
     def _advance(self, updates: list[Update]) -> None:
         place_steps(updates)
@@ -258,11 +257,14 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-def _refuse_betas(betas: Any) -> None:
+def _checked_betas(betas: Any) -> Any:
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
         raise TypeError(f"betas must be a pair of numbers; got {betas!r}")
+    if not (type(betas[0]) is type(betas[1]) is float):
+        betas = tuple(number("each of betas", beta) for beta in betas)
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be in [0, 1); got {betas}")
+    return betas
 
 
 def _all_scalars(

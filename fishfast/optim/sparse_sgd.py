@@ -11,7 +11,7 @@ from torch import Tensor
 from fishfast.optim.base import SparseOptimizer
 from fishfast.optim.capturable import LEARNING_RATE_DTYPE, place_steps
 from fishfast.optim.flat_state import new_tensors
-from fishfast.optim.options import require_not_negative
+from fishfast.optim.options import number, require_not_negative
 from fishfast.optim.step_table import row_dtype
 from fishfast.optim.update import Update, learning_rate_on_host, refuse_in_capture
 
@@ -97,16 +97,16 @@ class SGD(SparseOptimizer):
         backend: str = "auto",
         check_finite: bool = False,
     ) -> None:
-        require_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if nesterov and (momentum <= 0 or dampening != 0):
+        numbers = require_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        numbers["dampening"] = dampening = number("dampening", dampening)
+        if nesterov and (numbers["momentum"] <= 0 or dampening != 0):
             raise ValueError(
                 "nesterov needs momentum above 0 and dampening 0; got "
                 f"momentum={momentum}, dampening={dampening}"
             )
         defaults = {
-            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "maximize": maximize, "foreach": foreach, "fused": fused,
-            "capturable": capturable, "differentiable": differentiable,
+            **numbers, "nesterov": nesterov, "maximize": maximize, "foreach": foreach,
+            "fused": fused, "capturable": capturable, "differentiable": differentiable,
         }  # fmt: skip
         super().__init__(params, defaults, backend, check_finite)
 
