@@ -1,4 +1,4 @@
-"""A linear layer keeps the columns of its input that have masked entries, where nobody keeps more."""
+"""A linear layer keeps the columns of its input that have masked entries, if nobody keeps more."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_from_the_second_pass_on_few_columns_are_kept(
     found, shapes = [], []
     for _ in range(3):
         x = X.clone().requires_grad_()  # a graph behind the layer
-        shapes.append(kept(lambda x=x: model(x)))
+        shapes.append(kept(lambda x=x, model=model: model(x)))
         model.zero_grad()
         model(x).square().sum().backward()
         values = model.layer.weight_values
