@@ -20,8 +20,9 @@ namespace fishfast {
 namespace {
 
 constexpr int kLanes = 8;
-constexpr int kEntries = 4;        // dot products at a time: 8 sums, 8 addresses
-constexpr int64_t kMinBlock = 64;  // samples; shorter runs do not pay for adding up the lanes
+constexpr int kEntries = 4;            // dot products at a time: 8 sums, 8 addresses
+constexpr int64_t kStep = 2 * kLanes;  // samples that a dot product takes at a time
+constexpr int64_t kMinBlock = 64;      // samples; shorter runs do not pay for adding up the lanes
 constexpr int64_t kMaxBlock = 256;
 constexpr int64_t kBlockBytes = 3 << 17;  // of the columns' panel: most of a second-level cache
 constexpr int64_t kPanelBytes = 8 << 20;  // of all blocks between two starts of threads
@@ -163,7 +164,11 @@ class Product {
     }
     left_.find_slots(), right_.find_slots();
     const int64_t fitting = kBlockBytes / 4 / int64_t(right_.used.size());
-    block_ = std::min(std::max(fitting / kMinBlock * kMinBlock, kMinBlock), kMaxBlock);
+    const int64_t most = std::min(std::max(fitting / kMinBlock * kMinBlock, kMinBlock), kMaxBlock);
+    // Blocks of one length, of which the last is nearly full: 128 samples are no block of 192.
+    const int64_t num_blocks = std::max<int64_t>(1, (call.num_samples + most - 1) / most);
+    const int64_t samples = (call.num_samples + num_blocks - 1) / num_blocks;
+    block_ = std::max<int64_t>(1, (samples + kStep - 1) / kStep) * kStep;
     const int64_t width = left_.width() + right_.width();
     // Threads start anew for every so many blocks.
     blocks_ = num_threads == 1 ? 1 : std::max<int64_t>(1, kPanelBytes / 4 / block_ / width);
