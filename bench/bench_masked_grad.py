@@ -2,8 +2,10 @@
 
 The floor is what the gradient tap does and what torch can: dW by its own kernel, then
 ``dW[indices]``; above 100 % of it is faster. Memory is what torch's allocator held meanwhile (on
-the CPU the compiled kernel takes its panels, a few MiB at most, beside it). No figure before the
-result agrees with float64.
+the CPU the compiled kernel takes its panels, a few MiB at most, beside it). Each layer has a mask
+like a Fisher's (rank_one.py) and a random one. FLOPs are counted from the plan, kept bytes are
+those of the input in a second pass behind an activation. No figure before the result agrees with
+float64.
 
     FISHFAST_BENCH=full python -m pytest bench/bench_masked_grad.py -s --benchmark-enable
 """
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from harness import devices, full_size, record, version
+from rank_one import compacted_share, rank_one_mask
 from torch import Tensor, nn
 
 import fishfast as ff
@@ -27,6 +30,7 @@ _GPU = torch.cuda.is_available()
 _DENSITIES = [0.005, 0.001, 0.02, 0.1, 0.5] if full_size() else [0.02]
 FLOOR = "dense gradient, gathered"
 CONTENDERS = (FLOOR, "fishfast")
+MASKS = {"FISH": rank_one_mask, "random": ff.random_mask}
 # Sums of some thousand products in another order; bf16 operands, fp32 sums; torch rounds dW.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 
@@ -137,16 +141,20 @@ def check(found: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("density", _DENSITIES, ids=lambda density: f"{100 * density:g}%")
 @pytest.mark.parametrize("name", _CASES)
 @pytest.mark.parametrize("device", devices(), ids=str)
 def bench_masked_grad(
-    benchmark: Any, contender: str, name: str, density: float, device: torch.device
+    benchmark: Any, contender: str, name: str, density: float, device: torch.device, kind: str
 ) -> None:
     """Time the weight's part of one backward, in turns with the dense one and a gather."""
     operands, layer = _operands(name, device), _made(name, device)
-    mask = ff.random_mask(layer, density=density, seed=0)
+    mask = MASKS[kind](layer, density=density, seed=0)
     tuned = ff.train_only(layer, mask)
+    ours = contender != FLOOR
+    flops = _flops(layer, operands.grad) if ours else _dense_flops(layer, operands.grad)
+    kept = kept_bytes(layer, operands.x)
     indices = mask["weight"].to(device)
 
     def floor() -> Tensor:
@@ -171,11 +179,60 @@ def bench_masked_grad(
 
     record(
         benchmark, run, device, operands.x.nbytes + operands.grad.nbytes + 8 * len(indices),
-        gate=gate, floor=floor, floor_name=FLOOR, stage="masked_grad",
-        case=f"{name}, {100 * density:g} %", contender=contender,
+        flops=flops, gate=gate, floor=floor, floor_name=FLOOR, stage="masked_grad",
+        case=f"{name}, {100 * density:g} % {kind}", contender=contender,
+        share_of_flops=flops / max(1, _dense_flops(layer, operands.grad)),
+        kept_bytes=kept if ours else operands.x.nbytes, share_of_matrix=compacted_share(mask),
         version=f"{_package(contender)} {version(_package(contender))}", density=density,
         num_selected=tuned.num_selected, dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
+
+
+def _dense_flops(layer: Any, grad: Tensor) -> int:
+    """Return 2 for each product of the dense gradient; an embedding has sums only."""
+    weight = layer._parameters["weight"]
+    rows = 0 if isinstance(layer, nn.Embedding) else grad.numel() // weight.shape[0]
+    return 2 * rows * weight.numel()
+
+
+def _flops(layer: Any, grad: Tensor) -> int:
+    """Return those of the way that the layer's plan takes for this input."""
+    dense, plan = _dense_flops(layer, grad), layer.weight_values.target.plan
+    if dense == 0 or plan.least > grad.numel() // grad.shape[-1] * layer.weight.shape[1]:
+        return dense
+    size = layer.weight.numel()
+    if not plan.chunks:
+        return dense * len(layer.weight_values) // size
+    rows, columns = (
+        n if found is None else len(found)
+        for n, found in zip(layer.weight.shape, (plan.rows, plan.columns), strict=False)
+    )
+    return dense * rows * columns // (layer.weight.shape[0] * layer.weight.shape[1])
+
+
+def kept_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Return the bytes of the input that a layer's second call keeps, behind an activation.
+
+    Args:
+        layer: tuned.
+        x: an input of it.
+    """
+    if not x.is_floating_point():
+        return x.nbytes
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    for _ in range(2):
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
+            address = tensor.untyped_storage().data_ptr()
+            if tensor.is_floating_point() and address not in weights:
+                found[address] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        behind = nn.functional.gelu(x.detach().requires_grad_())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(behind)
+    return sum(found.values())
 
 
 def _package(contender: str) -> str:

@@ -3,7 +3,8 @@
 A step is forward, backward, clipping and the optimizer. The floor is the forward and backward of
 full fine-tuning, timed in turns with each contender (see train_contenders.py, also for what they
 train). No figure before the gate: the gradients of the masked weights, and the loss after two
-steps, are those of dense training with the gradient times the mask; weights that train move, by the
+steps, are those of dense training with the gradient times the mask (one like a Fisher's, from
+rank_one.py, and a random one); weights that train move, by the
 learning rate in Adam's first step; all others keep their bits; the floor computes every gradient.
 
 Memory is all that a training holds at its peak: weights, optimizer state, indices, gradients and
@@ -33,6 +34,7 @@ from harness import (
     short_set,
     skip,
 )
+from rank_one import rank_one_mask
 from shapes import BERT_LARGE, LLAMA_1B, size_set
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -135,13 +137,11 @@ def _make(case: str, device: torch.device) -> Workload:
 def _prepared(case: str, device: torch.device) -> tuple[Budget, Masks, str, int]:
     """Return how many weights train and which, and what the case is called."""
     workload = _make(case, device)
-    model, batch = workload.model, workload.batches[0]
+    model = workload.model
     budget = Budget.of(model)
-    fisher = ff.estimate_fisher(
-        model, [batch], loss_fn=workload.loss_fn, num_samples=workload.num_samples
-    )
     masks = {
-        "fish": ff.top_k_mask(fisher, k=budget.num_selected),
+        # Of a random model the Fisher is narrower than that of a trained one.
+        "fish": rank_one_mask(model, k=budget.num_selected),
         "random": ff.random_mask(model, k=budget.num_selected, seed=0),
     }
     return budget, masks, workload.title, sum(p.numel() for p in model.parameters())

@@ -10,6 +10,8 @@
 //
 // An entry's sum depends on the block size only, which depends on the sizes: the same bits for any
 // number of threads.
+#include <memory>
+
 #include "cpu_clones.h"
 #include "launch.h"
 #include "parallel.h"
@@ -18,8 +20,9 @@ namespace fishfast {
 namespace {
 
 constexpr int kLanes = 8;
-constexpr int kEntries = 4;        // dot products at a time: 8 sums, 8 addresses
-constexpr int64_t kMinBlock = 64;  // samples; shorter runs do not pay for adding up the lanes
+constexpr int kEntries = 4;            // dot products at a time: 8 sums, 8 addresses
+constexpr int64_t kStep = 2 * kLanes;  // samples that a dot product takes at a time
+constexpr int64_t kMinBlock = 64;      // samples; shorter runs do not pay for adding up the lanes
 constexpr int64_t kMaxBlock = 256;
 constexpr int64_t kBlockBytes = 3 << 17;  // of the columns' panel: most of a second-level cache
 constexpr int64_t kPanelBytes = 8 << 20;  // of all blocks between two starts of threads
@@ -69,9 +72,9 @@ FF_HOST_DEVICE void store_transposed(const Vector* rows, int64_t stride, float* 
 struct Side {
   const void* data;
   int64_t stride;
-  std::vector<int64_t> used;  // ascending
-  std::vector<int32_t> slot;  // [width], place of each used column in the panels
-  std::vector<float> panels;  // [blocks][width()][block]
+  std::vector<int64_t> used;        // ascending
+  std::vector<int32_t> slot;        // [width], place of each used column in the panels
+  std::unique_ptr<float[]> panels;  // [blocks][width()][block]; not zeroed, which took an eighth
 
   int64_t width() const { return (int64_t(used.size()) + kLanes - 1) / kLanes * kLanes; }
 
@@ -161,13 +164,17 @@ class Product {
     }
     left_.find_slots(), right_.find_slots();
     const int64_t fitting = kBlockBytes / 4 / int64_t(right_.used.size());
-    block_ = std::min(std::max(fitting / kMinBlock * kMinBlock, kMinBlock), kMaxBlock);
+    const int64_t most = std::min(std::max(fitting / kMinBlock * kMinBlock, kMinBlock), kMaxBlock);
+    // Blocks of one length, of which the last is nearly full: 128 samples are no block of 192.
+    const int64_t num_blocks = std::max<int64_t>(1, (call.num_samples + most - 1) / most);
+    const int64_t samples = (call.num_samples + num_blocks - 1) / num_blocks;
+    block_ = std::max<int64_t>(1, (samples + kStep - 1) / kStep) * kStep;
     const int64_t width = left_.width() + right_.width();
     // Threads start anew for every so many blocks.
     blocks_ = num_threads == 1 ? 1 : std::max<int64_t>(1, kPanelBytes / 4 / block_ / width);
     blocks_ = std::min(blocks_, (call.num_samples + block_ - 1) / block_);
-    left_.panels.resize(size_t(blocks_ * block_ * left_.width()));
-    right_.panels.resize(size_t(blocks_ * block_ * right_.width()));
+    left_.panels.reset(new float[size_t(blocks_ * block_ * left_.width())]);
+    right_.panels.reset(new float[size_t(blocks_ * block_ * right_.width())]);
   }
 
   void run() {
@@ -189,7 +196,7 @@ class Product {
       const int64_t from = first + b * block_;
       const int64_t to = std::min(from + block_, call_.num_samples);
       if (from >= to) return;
-      float* panel = side.panels.data() + b * block_ * side.width();
+      float* panel = side.panels.get() + b * block_ * side.width();
       switch (call_.storage) {
         case Storage::kFloat32:
           return transpose<float>(side, from, to, block_, panel);
@@ -212,8 +219,8 @@ class Product {
                          right_.slot[size_t(indices[e] - row * call_.num_columns)]};
     }
     for (int64_t b = 0; b < blocks; ++b) {
-      const float* left_panel = left_.panels.data() + b * block_ * left_.width();
-      const float* right_panel = right_.panels.data() + b * block_ * right_.width();
+      const float* left_panel = left_.panels.get() + b * block_ * left_.width();
+      const float* right_panel = right_.panels.get() + b * block_ * right_.width();
       add_dot_products(left_panel, right_panel, runs, end - begin, block_, call_.out + begin);
     }
   }

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishfast.training.gradient.chunks import Plan
+from fishfast.training.gradient.kept_input import kept_columns
 from fishfast.training.gradient.masked_grad import masked_grad
 from fishfast.training.gradient.products import input_grad, weight_grad
 from fishfast.training.gradient.weight_tap import GradientTap, has_own_values, is_traced
@@ -33,7 +34,11 @@ __all__ = ["SideTap", "has_own_forward", "move", "own_forward", "plan_for", "way
 
 
 class SideTap(torch.autograd.Function):
-    """``(y, x, weight, values, ...) -> y``, whose backward computes the gradient of the values."""
+    """``(y, x, kept, weight, values, ...) -> y``, whose backward gives the values their gradient.
+
+    ``kept`` are the columns of the input x that have masked entries, and ``entries`` and what
+    follows are those of a layer with this input; with None for both x is kept.
+    """
 
     generate_vmap_rule = True  # per-sample gradients of the compact parameters
 
@@ -44,36 +49,41 @@ class SideTap(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the layer's input."""
-        _, x, weight, values, indices, positions, rows, columns, *constants = inputs
+        """Keep what there is of the layer's input."""
+        _, x, kept, weight, values, indices, entries, *plan_and_constants = inputs
+        positions, rows, columns, *constants = plan_and_constants
+        if kept is None:
+            kept, entries = x, indices
         if not ctx.needs_input_grad[1]:
             weight = values = None  # needed only where the gradient of x may be differentiated
-        ctx.save_for_backward(x, weight, values, indices, positions, rows, columns)
+        ctx.save_for_backward(kept, weight, values, indices, entries, positions, rows, columns)
         ctx.constants = constants
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of y, and of the values in fp32."""
-        x, weight, values, indices, positions, rows, columns = ctx.saved_tensors
+        kept, weight, values, indices, entries, positions, rows, columns = ctx.saved_tensors
         kind, chunks, shape, geometry = ctx.constants
         # With create_graph=True. torch.compile traces this too, and differentiates nothing twice.
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         grad_x = grad_values = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
             if again:
-                dense = weight_grad(kind, grad, x, shape, geometry)
-                grad_values = dense.flatten().index_select(0, indices).float()
+                dense = weight_grad(kind, grad, kept, shape, geometry)
+                grad_values = dense.flatten().index_select(0, entries).float()
             else:
                 grad_values = masked_grad(
-                    kind, grad, x, indices, positions, rows, columns, chunks, shape, geometry
+                    kind, grad, kept, entries, positions, rows, columns, chunks, shape, geometry
                 )
         if weight is not None and again:
             # The gradient of x, which the layer's own backward gives, depends on the values. The
             # added term is zero but carries the second derivative.
             tapped = GradientTap.apply(weight, values, indices)
-            grad_x, as_frozen = (input_grad(kind, grad, x, w, geometry) for w in (tapped, weight))
+            grad_x, as_frozen = (
+                input_grad(kind, grad, kept, w, geometry) for w in (tapped, weight)
+            )
             grad_x = grad_x - as_frozen
-        return (grad, grad_x, None, grad_values, *[None] * 8)
+        return (grad, grad_x, None, None, grad_values, *[None] * 9)
 
 
 def _apply_side_tap(*arguments: Any) -> Tensor:
@@ -117,10 +127,17 @@ def _side_tap(module: Any, y: Tensor, x: Tensor, kind: str, *geometry: int) -> T
         plan = target.plan
     if x.is_floating_point() and x.dtype != y.dtype:
         x = x.to(y.dtype)  # autocast: kept as the layer saw it
+    kept, entries, shape = None, None, tuple(target.shape)
+    rows, columns = plan.rows, plan.columns
+    if kind.endswith("linear") and not is_traced():
+        axis = 1 if kind == "linear" else 0
+        kept, entries, shape = kept_columns(target, x, axis)
+        if kept is not None:
+            rows, columns = (rows, None) if axis else (None, columns)
     return _apply_side_tap(
-        y, x, _frozen_weight(module), module._parameters["weight" + VALUES_SUFFIX],
-        target.indices, plan.positions, plan.rows, plan.columns,
-        kind, plan.chunks, tuple(target.shape), geometry,
+        y, x, kept, _frozen_weight(module), module._parameters["weight" + VALUES_SUFFIX],
+        target.indices, entries, plan.positions, rows, columns,
+        kind, plan.chunks, shape, geometry,
     )  # fmt: skip
 
 

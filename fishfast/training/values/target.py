@@ -32,6 +32,9 @@ class Target:
         values: the compact parameter, from the moment that its owners hold it.
         tap: the weight's kept gradient tap, put there by
             `fishfast.training.gradient.weight_tap`; no copy has it.
+        shares_input: whether another layer takes the same input; None: not known yet.
+        columns: which columns of the input are kept, put there by
+            `fishfast.training.gradient.kept_input`.
         dense_gradient_limit: bytes of a dense gradient that may live for a moment.
         retired: another mask replaced the values: whoever still trains them is told so.
         lent: the model is plain for now, in a ``with tuned.released()`` block.
@@ -41,6 +44,8 @@ class Target:
     plan: Any = None
     values: Any = None
     tap: Any = None
+    shares_input: bool | None = None
+    columns: Any = None
     dense_gradient_limit = DENSE_GRADIENT_LIMIT
     retired = lent = disabled = False
 
