@@ -102,12 +102,13 @@ def test_a_spawned_process_gets_masks_and_tuned_models(kind: str, tmp_path: Path
     model = net()
     mask = ff.random_mask(model, density=0.3, seed=0)
     tuned = ff.train_only(model, mask)
+    alone = copy.deepcopy(tuned)  # what is sent is in shared memory
     torch.multiprocessing.spawn(_child, ({"mask": mask, "handle": tuned}[kind], str(tmp_path)))
     assert (tmp_path / "fingerprint").read_text() == mask.fingerprint
     if kind == "handle":
-        model(torch.ones(1, 8)).sum().backward()
-        torch.optim.SGD(tuned.parameters(), lr=0.5).step()
-        assert_same(torch.load(tmp_path / "state"), state_of(model))
+        alone.model(torch.ones(1, 8)).sum().backward()
+        torch.optim.SGD(alone.parameters(), lr=0.5).step()
+        assert_same(torch.load(tmp_path / "state"), state_of(alone.model))
 
 
 def test_masks_and_deltas_are_pickled_and_copied(tmp_path: Path) -> None:
