@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import statistics
 from pathlib import Path
@@ -103,6 +104,22 @@ def test_the_penalty_is_half_lambda_f_times_the_squared_distance():
         for name, p in model.named_parameters()
     )
     torch.testing.assert_close(names["consolidation"](model, strength=7), by_hand)
+
+
+def test_the_penalty_on_compact_parameters_is_that_of_the_dense_model_under_the_mask():
+    names = run("Elastic weight consolidation")
+    tuned, dense = names["tuned"], copy.deepcopy(names["old"])
+    with torch.no_grad():
+        for values in tuned.parameters():
+            values.add_(0.5)
+    names["masked"].state_dict()  # reads
+    dense.load_state_dict(names["masked"].state_dict())
+    names["on_values"](names["masked"], strength=7).backward()
+    names["consolidation"](dense, strength=7).backward()
+    for name, values in tuned.named_parameters():
+        name = name.removesuffix("_values")
+        expected = dense.get_parameter(name).grad.flatten()[tuned.mask[name].long()]
+        torch.testing.assert_close(values.grad, expected)
 
 
 def test_merging_beats_the_plain_average_and_both_models():
