@@ -107,7 +107,7 @@ def test_the_penalty_is_half_lambda_f_times_the_squared_distance():
 
 
 def test_the_penalty_on_compact_parameters_is_that_of_the_dense_model_under_the_mask():
-    names = run("Elastic weight consolidation")
+    names = run("Elastic weight consolidation", "Consolidation of a tuned model")
     tuned, dense = names["tuned"], copy.deepcopy(names["old"])
     with torch.no_grad():
         for values in tuned.parameters():
