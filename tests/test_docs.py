@@ -21,7 +21,10 @@ SNIPPETS = {
 SETTING, COST, STOPPING = (
     "# fishfast.fisher on its own", "What it costs", "Stop, go on, add, share"
 )  # fmt: skip
-USES = ["Elastic weight consolidation", "Merging models", "Pruning", "Laplace posterior"]
+USES = [
+    "Elastic weight consolidation", "Consolidation of a tuned model", "Merging models", "Pruning",
+    "Laplace posterior",
+]  # fmt: skip
 SEEDS = range(3)
 
 
