@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -22,6 +23,12 @@ def wait_for(event: Callable[[], object]) -> None:
     while not event():
         assert time.monotonic() < guard, f"waited {HANG_GUARD} s in vain"
         time.sleep(0.05)
+
+
+def let_processes_hear_ctrl_c() -> None:
+    """Undo what a run in the background (``make test &`` in a script) hands on: SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start(target: Callable[..., None], count: int, *arguments: Any) -> list[BaseProcess]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from processes import HANG_GUARD, wait_for
+from processes import HANG_GUARD, let_processes_hear_ctrl_c, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -58,7 +58,9 @@ def test_a_run_cut_short_says_what_it_did_not_reach(tmp_path: Path) -> None:
         "def test_slow():\n    pathlib.Path('here').touch()\n    time.sleep(36000)\n"
     )
     (tmp_path / "test_b.py").write_text("def test_late(): pass\ndef test_later(): pass\n")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
+    environment = {**inherited, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    let_processes_hear_ctrl_c()
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-p", "bench.tests_outcome", "."],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,

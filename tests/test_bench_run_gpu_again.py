@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from gpu_script import Script
-from processes import HANG_GUARD, wait_for
+from processes import HANG_GUARD, let_processes_hear_ctrl_c, wait_for
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def test_a_part_that_does_not_end_is_ended(script: Script) -> None:
 
 
 def test_ctrl_c_ends_the_part_in_hand_and_the_next_run_goes_on(script: Script) -> None:
+    let_processes_hear_ctrl_c()
     process = script.start("--only", "build,hashes,bench", SLOW="fingerprints.py run cpu")
     wait_for(lambda: script.calls("fingerprints.py run cpu") or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does

@@ -34,10 +34,11 @@ def run(folder: Path, *options: str) -> tuple[int, list[str]]:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_a.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n gpu:\n large:\n long:\n")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
         cwd=folder, capture_output=True, text=True, timeout=HANG_GUARD,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**inherited, "PYTHONPATH": str(Path(__file__).parent)},
     )  # fmt: skip
     return done.returncode, done.stdout.splitlines()
 
