@@ -37,6 +37,7 @@ _STAGES = {
     "topk_mask": "Global top-k mask",
     "masked_grad": "Gradient of the masked weights",
     "sparse_adam": "Optimizer step",
+    "host_step": "Optimizer step of many small tensors: what the host takes",
     "train_step": "Training step",
     "host": "Host cost",
 }

@@ -104,8 +104,9 @@ KeptStep::KeptStep(PyObject* questions, PyObject* entries, PyObject* state, char
     entry.row = PyLong_AsLongLong(item(given, 2));
     entry.k = PyLong_AsLongLong(item(given, 3));
     PyObject* owners = item(given, 4);
+    entry.first_owner = owners_.size();
     for (Py_ssize_t o = 0; o < PyTuple_Size(owners); ++o) {
-      entry.owners.push_back({item(item(owners, o), 0), item(item(owners, o), 1)});
+      owners_.push_back({item(item(owners, o), 0), item(item(owners, o), 1)});
     }
     entry.values_name = item_or_null(given, 5);
     entry.target = item_or_null(given, 6);
@@ -121,11 +122,14 @@ KeptStep::KeptStep(PyObject* questions, PyObject* entries, PyObject* state, char
     }
     entry.state = item_or_null(given, 10);
     PyObject* states = item(given, 11);
+    entry.first_state = states_.size();
     for (Py_ssize_t s = 0; s < PyTuple_Size(states); ++s) {
       PyObject* one = item(states, s);
-      entry.states.push_back({item(one, 0), item(one, 1), address_in(one, 2)});
+      states_.push_back({item(one, 0), item(one, 1), address_in(one, 2)});
     }
     entry.step = static_cast<float*>(const_cast<void*>(address_in(given, 12)));
+    entry.last_owner = owners_.size();
+    entry.last_state = states_.size();
     find_lines(entry);
     entries_.push_back(std::move(entry));
   }
@@ -139,46 +143,51 @@ KeptStep::KeptStep(PyObject* questions, PyObject* entries, PyObject* state, char
 }
 
 // Addresses that may be another's by the time they are fetched, which does no harm.
-void KeptStep::find_lines_of_tensor(PyObject* tensor, std::vector<const void*>& lines) const {
-  lines.push_back(tensor);
+void KeptStep::find_lines_of_tensor(PyObject* tensor) {
+  lines_.push_back(tensor);
   const char* const impl = static_cast<const char*>(address(attribute(tensor_cdata_, tensor)));
-  for (int64_t offset = 0; offset < kTensorBytes; offset += kLineBytes) {
-    lines.push_back(impl + offset);
-  }
+  for (int64_t at = 0; at < kTensorBytes; at += kLineBytes) lines_.push_back(impl + at);
   const Owned storage(call(storage_, tensor));
   if (storage.get() == nullptr) return;
-  lines.push_back(storage.get());
-  lines.push_back(address(attribute(cdata_, storage.get())));
+  lines_.push_back(storage.get());
+  lines_.push_back(address(attribute(cdata_, storage.get())));
 }
 
-void KeptStep::find_lines(Entry& entry) const {
-  std::vector<const void*>& lines = entry.lines;
-  const auto add_dict = [&lines](PyObject* dict) {
-    if (dict == nullptr || !PyDict_Check(dict)) return;
-    const auto* const found = reinterpret_cast<PyDictObject*>(dict);
-    const auto* const keys = reinterpret_cast<const char*>(found->ma_keys);
-    for (const char* line : {keys, keys + kLineBytes, keys + 2 * kLineBytes}) lines.push_back(line);
-    for (const void* line :
-         {static_cast<const void*>(found), static_cast<const void*>(found->ma_values)})
-      lines.push_back(line);
-  };
-  const auto add_attributes = [&](PyObject* object) {
-    if (object == nullptr) return;
-    lines.push_back(object);
-    const Owned dict(PyObject_GenericGetDict(object, nullptr));
-    add_dict(dict.get());
-  };
-  find_lines_of_tensor(entry.parameter, lines);
-  if (entry.weight) find_lines_of_tensor(entry.weight, lines);
-  if (entry.seen) lines.push_back(entry.seen);
-  entry.written_lines = lines;
-  for (const Owner& owner : entry.owners) {
-    add_dict(owner.module_dict);
-    add_dict(PyDict_GetItemWithError(owner.module_dict, names().parameters));
+void KeptStep::find_lines_of_dict(PyObject* dict) {
+  if (dict == nullptr || !PyDict_Check(dict)) return;
+  const auto* const found = reinterpret_cast<PyDictObject*>(dict);
+  const auto* const keys = reinterpret_cast<const char*>(found->ma_keys);
+  for (int line = 0; line < 3; ++line) lines_.push_back(keys + line * kLineBytes);
+  lines_.push_back(found);
+  if (found->ma_values != nullptr) lines_.push_back(found->ma_values);
+}
+
+void KeptStep::find_lines_of_attributes(PyObject* object) {
+  lines_.push_back(object);
+  const Owned dict(PyObject_GenericGetDict(object, nullptr));
+  find_lines_of_dict(dict.get());
+}
+
+void KeptStep::find_lines(Entry& entry) {
+  entry.first_line = lines_.size();
+  find_lines_of_tensor(entry.parameter);
+  find_lines_of_attributes(entry.parameter);
+  if (entry.weight) find_lines_of_tensor(entry.weight);
+  if (entry.seen) lines_.push_back(entry.seen);
+  entry.last_written = lines_.size();
+  for (size_t o = entry.first_owner; o < entry.last_owner; ++o) {
+    find_lines_of_dict(owners_[o].module_dict);
+    find_lines_of_dict(PyDict_GetItemWithError(owners_[o].module_dict, names().parameters));
   }
-  if (entry.target) add_attributes(entry.target);
-  add_dict(entry.state);
-  for (const State& state : entry.states) find_lines_of_tensor(state.tensor, lines);
+  if (entry.values_name) lines_.push_back(entry.values_name);
+  if (entry.target) find_lines_of_attributes(entry.target);
+  find_lines_of_dict(entry.state);
+  for (size_t i = entry.first_state; i < entry.last_state; ++i) {
+    find_lines_of_tensor(states_[i].tensor);
+    lines_.push_back(states_[i].address);  // for the update
+  }
+  lines_.push_back(entry.address);
+  entry.last_line = lines_.size();
   PyErr_Clear();
 }
 
@@ -211,11 +220,13 @@ bool KeptStep::same_state(PyObject* state) const {
 
 // Whether the model trains this parameter, and every owner of its weight holds that weight.
 bool KeptStep::is_held(const Entry& entry) const {
-  for (size_t o = 0; o < entry.owners.size(); ++o) {
-    const Owner& owner = entry.owners[o];
+  for (size_t o = entry.first_owner; o < entry.last_owner; ++o) {
+    const Owner& owner = owners_[o];
     PyObject* held = PyDict_GetItemWithError(owner.module_dict, names().parameters);
     if (held == nullptr || !PyDict_Check(held)) return false;
-    if (o == 0 && PyDict_GetItemWithError(held, entry.values_name) != entry.parameter) return false;
+    if (o == entry.first_owner &&
+        PyDict_GetItemWithError(held, entry.values_name) != entry.parameter)
+      return false;
     if (entry.weight && PyDict_GetItemWithError(held, owner.name) != entry.weight) return false;
   }
   return true;
@@ -253,7 +264,8 @@ bool KeptStep::same_weight(Entry& entry) const {
 }
 
 bool KeptStep::same_states(const Entry& entry) const {
-  for (const State& state : entry.states) {
+  for (size_t i = entry.first_state; i < entry.last_state; ++i) {
+    const State& state = states_[i];
     if (PyDict_GetItemWithError(entry.state, state.name) != state.tensor ||
         address(call(data_ptr_, state.tensor)) != state.address) {
       return false;
@@ -281,6 +293,7 @@ bool KeptStep::take_gradient(Entry& entry) {
   if (data == nullptr && entry.k != 0) return false;
   std::memcpy(row(entry) + layout_.grad, &data, sizeof(data));
   std::memcpy(row(entry) + layout_.k, &entry.k, sizeof(entry.k));
+  __builtin_prefetch(data);  // for the update
   entry.grad = grad.give();
   return true;
 }
@@ -302,7 +315,8 @@ bool KeptStep::as_before(PyObject* state, PyObject* groups) {
   for (size_t i = 0; same && i < entries_.size(); ++i) {
     Entry& entry = entries_[i];
     if (i + kAhead < entries_.size()) {
-      for (const void* line : entries_[i + kAhead].lines) __builtin_prefetch(line);
+      const Entry& next = entries_[i + kAhead];
+      for (size_t l = next.first_line; l < next.last_line; ++l) __builtin_prefetch(lines_[l]);
     }
     same = is_held(entry) && take_gradient(entry);
     if (!same || entry.grad == nullptr) continue;
@@ -326,7 +340,9 @@ void KeptStep::fill(const char* scalars_of_kinds) {
 
 bool KeptStep::mark_written(PyObject* increment_version) {
   for (const Entry& entry : entries_) {
-    for (const void* line : entry.written_lines) __builtin_prefetch(line, 1);
+    for (size_t l = entry.first_line; l < entry.last_written; ++l) {
+      __builtin_prefetch(lines_[l], 1);
+    }
   }
   const Owned written(PyList_New(0));
   if (written.get() == nullptr) return false;

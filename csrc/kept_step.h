@@ -74,8 +74,8 @@ class KeptStep {
   struct Entry {
     PyObject *parameter, *values_name, *target, *seen, *weight;
     PyObject *shape, *strides, *dtype, *state;
-    std::vector<Owner> owners;
-    std::vector<State> states;
+    // Where the entry's are in owners_, states_ and lines_: flat, so that they are read in a row.
+    size_t first_owner, last_owner, first_state, last_state, first_line, last_written, last_line;
     const void *address, *weight_address, *weight_storage;
     float* step;  // in host memory; null: none is counted
     int64_t group, row, k;
@@ -94,8 +94,10 @@ class KeptStep {
   bool same_weight(Entry& entry) const;
   bool same_states(const Entry& entry) const;
   bool take_gradient(Entry& entry);
-  void find_lines(Entry& entry) const;
-  void find_lines_of_tensor(PyObject* tensor, std::vector<const void*>& lines) const;
+  void find_lines(Entry& entry);
+  void find_lines_of_tensor(PyObject* tensor);
+  void find_lines_of_attributes(PyObject* object);
+  void find_lines_of_dict(PyObject* dict);
   size_t kind_of(const Entry& entry);
   char* row(const Entry& entry) const { return rows_ + entry.row * layout_.row; }
 
@@ -105,6 +107,10 @@ class KeptStep {
   PyObject *cdata_, *tensor_cdata_;  // addresses of an untyped storage, of a tensor
   PyObject *tensor_type_, *float32_;
   std::vector<Entry> entries_;
+  std::vector<Owner> owners_;
+  std::vector<State> states_;
+  std::vector<const void*>
+      lines_;  // of memory that the questions touch; first what is written, too
   std::vector<std::pair<PyObject*, PyObject*>> state_;
   std::vector<std::pair<int64_t, float>> kinds_;
   char* rows_;

@@ -11,6 +11,7 @@ parameters on several devices, and tensors of a class of their own.
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -155,7 +156,7 @@ def _entry(
     owners = target.owners if target is not None else []
     named = (
         tuple((module.__dict__, name) for module, name in owners),
-        owners[0][1] + VALUES_SUFFIX if owners else None,
+        _key(owners[0][0]._parameters, owners[0][1] + VALUES_SUFFIX) if owners else None,
         target,
     )
     if update is None:  # without a gradient, which it must be to remain so
@@ -165,11 +166,22 @@ def _entry(
     if weight is not None and target is not None:
         storage = weight.untyped_storage()._cdata
         facts = (
-            weight.shape, weight.stride(), weight.dtype, weight.data_ptr(), storage,
-            target._seen,
+            _shared(weight.shape), _shared(weight.stride()), weight.dtype, weight.data_ptr(),
+            storage, target._seen,
         )  # fmt: skip
     return (
         parameter, group, row, plain.numel(), *named, plain.data_ptr(), weight, facts, state,
         tuple((name, state[name], state[name].data_ptr()) for name in _read(optimizer, update)),
         state["step"].data_ptr() if "step" in state else 0,
     )  # fmt: skip
+
+
+def _key(mapping: dict[str, Any], name: str) -> str:
+    """Return a dict's own key, or the name: to find it by itself compares no text."""
+    return next((key for key in mapping if key == name), name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return one tuple for all weights of the same sizes, which stays in the caches."""
+    return sizes
