@@ -68,7 +68,9 @@ def test_a_group_that_is_refused_changes_nothing() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.array, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "kind", [np.float32, np.float64, np.array, torch.tensor], ids=lambda kind: kind.__name__
+)
 @every_optimizer
 def test_numbers_of_numpy_and_torch_are_numbers(make: Any, kind: Any) -> None:
     """Those of numpy are worth what their float is: nothing is computed in float32 with them."""
