@@ -15,7 +15,7 @@ import fishfast as ff
 from fishfast.files import safetensors_file as _safetensors
 
 
-@pytest.mark.parametrize("failing", ["save_file", "chmod", "fsync", "replace"])
+@pytest.mark.parametrize("failing", ["write_tensors", "chmod", "fsync", "replace"])
 def test_failure_while_saving_keeps_the_old_file(
     path: Path, tuned: ff.SparseTuning, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -24,7 +24,7 @@ def test_failure_while_saving_keeps_the_old_file(
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(_safetensors if failing == "save_file" else os, failing, fail)
+    monkeypatch.setattr(_safetensors if failing == "write_tensors" else os, failing, fail)
     with pytest.raises(OSError, match="no space"):
         ff.save_delta(tuned, path)
     monkeypatch.undo()
@@ -115,7 +115,7 @@ def run(child, delay=None):
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
 
 
-points = [(_safetensors, "save_file", 1), (os, "chmod", 1), (os, "fsync", 1), (os, "replace", 1),
+points = [(_safetensors, "write_tensors", 1), (os, "chmod", 1), (os, "fsync", 1), (os, "replace", 1),
           (os, "fsync", 2)]
 for module, name, call in points:
     for after in (False, True):

@@ -5,27 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fishfast.files.atomic import PathLike, refuse_no_file, replace_file
+from fishfast.files.stored_tensors import DTYPES
 from fishfast.files.strict_json import names_once
+from fishfast.files.tensor_writer import Entry, raw_bytes, write_tensors
 
 __all__ = [
     "Checksum",
     "check_format",
-    "raw_bytes",
     "read_checked",
     "refuse_damaged",
     "said_format",
     "write_atomically",
 ]
+
+_ORDER = list(DTYPES.values())
 
 
 def write_atomically(
@@ -49,32 +50,9 @@ def write_atomically(
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {**metadata, "sha256": _sha256(ready)}
-    replace_file(path, lambda temporary: _save(ready, temporary, described))
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Save; what the system refuses is an OSError here too, not the library's own error."""
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-    _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the header's entries in order: the library's own differs from one call to the next."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > length:
-            raise RuntimeError(f"the header of {path} takes {len(text)} bytes instead of {length}")
-        file.seek(8)
-        file.write(text.ljust(length))
+    order = sorted(ready.items(), key=lambda item: (_ORDER.index(item[1].dtype), item[0]))
+    entries = [Entry(name, tensor.dtype, tuple(tensor.shape), [tensor]) for name, tensor in order]
+    replace_file(path, lambda temporary: write_tensors(temporary, entries, described))
 
 
 class Checksum:
@@ -105,14 +83,6 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
         checksum.begin(name, tensor.dtype, tensor.shape)
         checksum.update(tensor)
     return checksum.hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a CPU tensor in row-major order."""
-    flat = tensor.reshape(-1)
-    if flat.stride(0) != 1:  # one element of a strided tensor counts as contiguous, not as bytes
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8).numpy().data
 
 
 def read_checked(

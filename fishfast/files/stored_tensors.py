@@ -16,17 +16,17 @@ from fishfast.files.atomic import PathLike, refuse_no_file
 
 __all__ = ["DTYPES", "StoredTensor", "identity_of", "open_tensors"]
 
-# By their names in a header, as far as the installed torch has them.
+# By their names in a header, as far as the installed torch has them; in the order in which the
+# library lays out tensors of several dtypes.
 DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name)
     for code, name in (
-        ("F64", "float64"), ("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"),
-        ("I64", "int64"), ("I32", "int32"), ("I16", "int16"), ("I8", "int8"),
-        ("U64", "uint64"), ("U32", "uint32"), ("U16", "uint16"), ("U8", "uint8"),
-        ("BOOL", "bool"), ("C64", "complex64"),
-        ("F8_E4M3", "float8_e4m3fn"), ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
-        ("F8_E5M2", "float8_e5m2"), ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
-        ("F8_E8M0", "float8_e8m0fnu"),
+        ("U64", "uint64"), ("I64", "int64"), ("F64", "float64"), ("C64", "complex64"),
+        ("F32", "float32"), ("U32", "uint32"), ("I32", "int32"),
+        ("BF16", "bfloat16"), ("F16", "float16"), ("U16", "uint16"), ("I16", "int16"),
+        ("F8_E5M2FNUZ", "float8_e5m2fnuz"), ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+        ("F8_E8M0", "float8_e8m0fnu"), ("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2"),
+        ("I8", "int8"), ("U8", "uint8"), ("BOOL", "bool"),
     )
     if hasattr(torch, name)
 }  # fmt: skip

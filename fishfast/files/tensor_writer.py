@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fishfast.files.safetensors_file import raw_bytes
 from fishfast.files.stored_tensors import DTYPES
 
-__all__ = ["Entry", "write_tensors"]
+__all__ = ["Entry", "raw_bytes", "write_tensors"]
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -66,3 +65,11 @@ def write_tensors(path: Path, entries: list[Entry], metadata: dict[str, str]) ->
                 file.write(raw_bytes(piece))
         if file.tell() != 8 + len(text) + end:
             raise RuntimeError(f"{path} got {file.tell()} bytes instead of {8 + len(text) + end}")
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a CPU tensor in row-major order."""
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:  # one element of a strided tensor counts as contiguous, not as bytes
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data

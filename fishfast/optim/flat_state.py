@@ -4,7 +4,7 @@ The tensors are in no way special, and a step never relies on where they are: ea
 has a version counter of its own, and may be replaced or moved. Beside each other they take one
 allocation instead of hundreds, and fewer lines of memory to step through.
 
-What they have in common is their storage, which torch.save writes whole, were it for one of them,
+What they have in common is their storage, which a file of one of them would hold whole,
 and which formats without shared memory refuse. So `state_dict` returns copies of such tensors. They
 are k values long, and nobody is promised that a write into a state dict changes the optimizer.
 """

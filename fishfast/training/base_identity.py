@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fishfast.files.safetensors_file import raw_bytes
+from fishfast.files.tensor_writer import raw_bytes
 from fishfast.mask.sparse_mask import SparseMask
 
 __all__ = ["BaseIdentity", "Digest", "structure_of"]
