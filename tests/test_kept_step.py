@@ -199,6 +199,27 @@ def test_gradients_that_come_and_go(make: Any, unusual: str) -> None:
 
 
 @every_optimizer
+def test_experts_that_take_turns_are_kept(make: Any) -> None:
+    pair = twins(make)
+    both(pair, lambda twin: twin.optimizer.param_groups[0].update(lr=0.1))
+
+    def one_half(turn: int) -> Callable[[Twin], None]:
+        def change(twin: Twin) -> None:
+            for position, parameter in enumerate(twin.parameters()):
+                if position % 2 == turn % 2:
+                    parameter.grad = None
+
+        return change
+
+    for twin in pair:
+        twin.optimizer._kept = None
+    with counted_steps() as count:
+        for turn in range(6):
+            step_both(pair, 1, one_half(turn))
+    assert count["kept"] == 5
+
+
+@every_optimizer
 def test_a_first_gradient_later_than_the_others(make: Any) -> None:
     pair = Twin(make), Twin(make)
 

@@ -221,9 +221,34 @@ class SparseOptimizer(Optimizer, ABC):
             # weights are always written to in between, it is tried ever more seldom.
             is_turn = self._checked_in_a_row.bit_count() == 1
             if is_turn and len(batches) == 1 and KeptStep.fits(self, updates):
+                if absent := self._absent(updates):
+                    updates = [*updates, *absent]
+                    rows, held = make_rows(self._row, updates, self._used_states, self._state_names)
                 kept = KeptStep(self, rows, updates, held, backend)
             # else of a GPU's tensors in `held` the stream orders the reuse after the kernel
         return kept
+
+    def _absent(self, updates: list[Update]) -> list[Update]:
+        """Return those that had no gradient in this step and may have one in the next, as experts.
+
+        One that a step could not take is left out, for the step that comes to it to refuse.
+        """
+        present = {id(update.values) for update in updates}
+        counted = ("step",) if "step" in updates[0].state else ()
+        absent = []
+        for group in self.param_groups:
+            needed = (*self._used_states(group), *counted)
+            for parameter in group["params"]:
+                state = self.state.get(parameter)
+                if id(parameter) in present or state is None or any(n not in state for n in needed):
+                    continue
+                try:
+                    update = Update(parameter, state, group, self._state_names)
+                except RuntimeError:
+                    continue
+                if update.plain.device == updates[0].plain.device and KeptStep.fits(self, [update]):
+                    absent.append(update)
+        return absent
 
     def _rows(self, updates: list[Update], grad_scale: float) -> tuple[np.ndarray, list[Tensor]]:
         """Return the table of a step, and tensors to keep until it was read."""
