@@ -62,5 +62,5 @@ def _check(name: str) -> None:
 @functools.cache
 def _measured(fresh: bool) -> dict[str, list[float]]:
     """All contenders at once: they take turns."""
-    repeats = 100 if full_size() else 15 if not short_set() else 5
+    repeats = 5 if not full_size() else 15 if short_set() else 100
     return turns({name: Contender(make) for name, make in CONTENDERS.items()}, repeats, fresh)

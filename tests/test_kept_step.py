@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from twins import MAKERS, Twin, assert_equal, both, counted_steps, step_both, twins
 
 import fishfast as ff
+from fishfast.optim import kept_step
 
 pytestmark = pytest.mark.skipif(
     ff.build_info()["operations"]["sparse_adam"]["cpu"] != "cpu", reason="needs the extension"
@@ -190,11 +191,32 @@ def test_gradients_that_come_and_go(make: Any, unusual: str) -> None:
     with counted_steps() as count:
         for turn in range(6):
             step_both(pair, 1, prepare(lambda position, turn=turn: position % 3 == turn % 3))
-        step_both(pair, 2)
+        step_both(pair, 6)
         step_both(pair, 1, prepare(lambda position: True))
         step_both(pair, 1)
     # A parameter may miss a step, and its count stays behind; an unusual gradient is checked.
-    assert count["kept"] >= (9 if unusual == "absent" else 1)
+    assert count["kept"] >= (12 if unusual == "absent" else 4)
+
+
+@every_optimizer
+def test_experts_that_take_turns_are_kept(make: Any) -> None:
+    pair = twins(make)
+    both(pair, lambda twin: twin.optimizer.param_groups[0].update(lr=0.1))
+
+    def one_half(turn: int) -> Callable[[Twin], None]:
+        def change(twin: Twin) -> None:
+            for position, parameter in enumerate(twin.parameters()):
+                if position % 2 == turn % 2:
+                    parameter.grad = None
+
+        return change
+
+    for twin in pair:
+        twin.optimizer._kept = None
+    with counted_steps() as count:
+        for turn in range(6):
+            step_both(pair, 1, one_half(turn))
+    assert count["kept"] == 5
 
 
 @every_optimizer
@@ -391,6 +413,20 @@ def test_one_optimizer_in_two_threads_reads_no_freed_gradient() -> None:
         thread.join()
     assert errors == []
     assert all(value.isfinite().all() for value in twin.tensors().values())
+
+
+def test_steps_that_cannot_be_kept_are_seldom_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    entries = kept_step._entry
+    monkeypatch.setattr(kept_step, "_entry", lambda *given: made.append(1) or entries(*given))
+    twin = Twin(MAKERS["AdamW"])
+    for _ in range(32):
+        for parameter in twin.parameters():
+            parameter.grad = torch.ones_like(parameter.detach())
+        with torch.no_grad():
+            twin.weight("conv.weight").add_(1.0)
+        twin.optimizer.step()
+    assert len(made) == 6 * len(twin.parameters())  # steps 1, 2, 4, 8, 16 and 32
 
 
 def test_garbage_of_a_kept_step_is_collected() -> None:

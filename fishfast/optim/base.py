@@ -83,6 +83,7 @@ class SparseOptimizer(Optimizer, ABC):
         self._backend, self._check_finite = backend, check_finite
         self._tables = Tables()
         self._kept: KeptStep | None = None  # the last step, if it can be taken again
+        self._checked_in_a_row = 0  # how many steps were not kept ones, since the last that was
         if hasattr(params, "parameters"):
             raise TypeError(
                 f"params must be an iterable of parameters; got a {type(params).__name__}; "
@@ -102,7 +103,7 @@ class SparseOptimizer(Optimizer, ABC):
             self._tables = Tables()
         self.__dict__.setdefault("_check_finite", False)
         self._tables.forget()
-        self._kept = None
+        self._kept, self._checked_in_a_row = None, 0
         for group in self.param_groups:
             for name, value in self._former_options.items():
                 group.setdefault(name, value)
@@ -183,9 +184,11 @@ class SparseOptimizer(Optimizer, ABC):
 
         # Taken away meanwhile: another thread's step must not share its table.
         kept, self._kept = self._kept, None
-        if kept is None or not kept.take(self, grad_scale):
-            kept = self._checked_step(grad_scale, (found_inf, scale))
-        self._kept = kept
+        if kept is not None and kept.take(self, grad_scale):
+            self._kept, self._checked_in_a_row = kept, 0
+        else:
+            self._checked_in_a_row += 1
+            self._kept = self._checked_step(grad_scale, (found_inf, scale))
         return loss
 
     def _checked_step(
@@ -221,10 +224,38 @@ class SparseOptimizer(Optimizer, ABC):
             launch(self._operation, rows, counts, device, backend)
             count_versions(updates)
             keep_masters(self)
-            if len(batches) == 1 and KeptStep.fits(self, updates):
+            # To keep a step takes half as long as to check it. Where every step is checked, because
+            # weights are always written to in between, it is tried ever more seldom.
+            is_turn = self._checked_in_a_row.bit_count() == 1
+            if is_turn and len(batches) == 1 and KeptStep.fits(self, updates):
+                if absent := self._absent(updates):
+                    updates = [*updates, *absent]
+                    rows, held = make_rows(self._row, updates, self._used_states, self._state_names)
                 kept = KeptStep(self, rows, updates, held, backend)
             # else of a GPU's tensors in `held` the stream orders the reuse after the kernel
         return kept
+
+    def _absent(self, updates: list[Update]) -> list[Update]:
+        """Return those that had no gradient in this step and may have one in the next, as experts.
+
+        One that a step could not take is left out, for the step that comes to it to refuse.
+        """
+        present = {id(update.values) for update in updates}
+        counted = ("step",) if "step" in updates[0].state else ()
+        absent = []
+        for group in self.param_groups:
+            needed = (*self._used_states(group), *counted)
+            for parameter in group["params"]:
+                state = self.state.get(parameter)
+                if id(parameter) in present or state is None or any(n not in state for n in needed):
+                    continue
+                try:
+                    update = Update(parameter, state, group, self._state_names)
+                except RuntimeError:
+                    continue
+                if update.plain.device == updates[0].plain.device and KeptStep.fits(self, [update]):
+                    absent.append(update)
+        return absent
 
     def _rows(self, updates: list[Update], grad_scale: float) -> tuple[np.ndarray, list[Tensor]]:
         """Return the table of a step, and tensors to keep until it was read."""

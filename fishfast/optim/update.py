@@ -57,7 +57,7 @@ class Update:
     Attributes:
         values: the compact parameter, or a plain fp32 one.
         plain: the same memory, for a compact parameter as a `torch.Tensor`.
-        grad: its gradient, contiguous.
+        grad: its gradient, contiguous; without one the values, in a step that will not update them.
         state: the optimizer's state of it.
         group: its param group.
         target: where the values go; None for a plain parameter.
@@ -80,8 +80,7 @@ class Update:
         group: dict[str, Any],
         state_names: tuple[str, ...],
     ) -> None:
-        grad = values.grad
-        assert grad is not None
+        grad = values.detach() if values.grad is None else values.grad
         if grad.layout != torch.strided or grad.dtype != torch.float32:
             raise RuntimeError(f"gradients must be dense float32; got {grad.dtype}, {grad.layout}")
         plain: Tensor = values
