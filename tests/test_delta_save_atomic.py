@@ -115,8 +115,8 @@ def run(child, delay=None):
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
 
 
-points = [(_safetensors, "write_tensors", 1), (os, "chmod", 1), (os, "fsync", 1), (os, "replace", 1),
-          (os, "fsync", 2)]
+points = [(_safetensors, "write_tensors", 1), (os, "chmod", 1), (os, "fsync", 1),
+          (os, "replace", 1), (os, "fsync", 2)]
 for module, name, call in points:
     for after in (False, True):
         ff.save_delta(tunings[0], target)
