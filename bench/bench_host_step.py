@@ -16,6 +16,8 @@ import torch
 from harness import full_size, gate, short_set
 from host_steps import CONTENDERS, NUM_TENSORS, Contender, turns
 
+from fishfast.training.values.sync import refuse_unwritten
+
 _FLOOR = "torch AdamW fused"
 
 
@@ -56,7 +58,7 @@ def _check(name: str) -> None:
     for parameter, old in zip(contender.tuned.parameters(), before, strict=True):
         assert (parameter.detach() != old).all(), "a value did not move"
         if name.startswith("fishfast"):
-            parameter.refuse_unwritten(parameter.target.name)
+            refuse_unwritten(parameter, parameter.target.name)
 
 
 @functools.cache

@@ -87,9 +87,9 @@ const void* address_in(PyObject* tuple, Py_ssize_t position) {
 KeptStep::KeptStep(PyObject* questions, PyObject* entries, PyObject* state, char* rows,
                    KeptLayout layout, int64_t device_index)
     : rows_(rows), layout_(layout), device_index_(device_index) {
-  PyObject** asked[] = {&grad_,       &version_, &dtype_,         &shape_,  &tensor_cdata_,
-                        &data_ptr_,   &numel_,   &is_contiguous_, &stride_, &storage_,
-                        &get_device_, &cdata_,   &tensor_type_,   &float32_};
+  PyObject** asked[] = {&grad_,     &version_,    &dtype_,         &shape_,       &tensor_cdata_,
+                        &data_ptr_, &numel_,      &is_contiguous_, &is_neg_,      &stride_,
+                        &storage_,  &get_device_, &cdata_,         &tensor_type_, &float32_};
   for (size_t i = 0; i < std::size(asked); ++i) *asked[i] = item(questions, Py_ssize_t(i));
   for (PyObject* descriptor : {grad_, version_, dtype_, shape_, tensor_cdata_, cdata_}) {
     if (Py_TYPE(descriptor)->tp_descr_get == nullptr) {
@@ -285,7 +285,8 @@ bool KeptStep::take_gradient(Entry& entry) {
   if (found == nullptr || entry.row < 0) return false;
   if (reinterpret_cast<PyObject*>(Py_TYPE(found)) != tensor_type_ ||
       !Owned(attribute(dtype_, found)).is(float32_) ||
-      !Owned(call(is_contiguous_, found)).is(Py_True) || number(call(numel_, found)) != entry.k ||
+      !Owned(call(is_contiguous_, found)).is(Py_True) ||
+      !Owned(call(is_neg_, found)).is(Py_False) || number(call(numel_, found)) != entry.k ||
       number(call(get_device_, found)) != device_index_) {
     return false;
   }

@@ -102,8 +102,9 @@ class KeptStep {
   char* row(const Entry& entry) const { return rows_ + entry.row * layout_.row; }
 
   // Questions, in the order of the constructor's tuple.
-  PyObject *grad_, *version_, *dtype_, *shape_;                                      // attributes
-  PyObject *data_ptr_, *numel_, *is_contiguous_, *stride_, *storage_, *get_device_;  // methods
+  PyObject *grad_, *version_, *dtype_, *shape_;                                  // attributes
+  PyObject *data_ptr_, *numel_, *is_contiguous_, *is_neg_, *stride_, *storage_;  // methods
+  PyObject* get_device_;                                                         // a method
   PyObject *cdata_, *tensor_cdata_;  // addresses of an untyped storage, of a tensor
   PyObject *tensor_type_, *float32_;
   std::vector<Entry> entries_;

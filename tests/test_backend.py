@@ -69,7 +69,7 @@ def test_build_info_tells_the_truth() -> None:
     assert info["version"] == ff.__version__
     assert info["torch"] == torch.__version__
     assert set(info["operations"]) == {
-        "fisher", "topk_mask", "masked_grad", "sparse_adam", "sparse_sgd",
+        "fisher", "topk_mask", "masked_grad", "sparse_adam", "sparse_sgd", "write_values",
     }  # fmt: skip
     for operation, by_device in info["operations"].items():
         assert set(by_device) == {"cpu", "cuda"}
@@ -86,7 +86,7 @@ def test_build_info_with_an_extension() -> None:
     assert Path(info["extension"]).is_file()
     assert info["compiler"]
     assert "cpu" not in info["unavailable"]
-    for operation in ("topk_mask", "masked_grad", "sparse_adam", "sparse_sgd"):
+    for operation in ("topk_mask", "masked_grad", "sparse_adam", "sparse_sgd", "write_values"):
         assert info["operations"][operation]["cpu"] == "cpu"
     assert (info["nvcc"] is None) == (info["cuda_archs"] is None)
     assert hasattr(_backend.compiled(), "sparse_adam_cuda") == (info["nvcc"] is not None)
@@ -105,7 +105,9 @@ def test_build_info_without_a_gpu() -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("operation", ["topk_mask", "masked_grad", "sparse_adam", "sparse_sgd"])
+@pytest.mark.parametrize(
+    "operation", ["topk_mask", "masked_grad", "sparse_adam", "sparse_sgd", "write_values"]
+)
 def test_auto_takes_the_compiled_path_silently(operation: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fishfast as ff
 from fishfast.optim.base import SparseOptimizer
 from fishfast.optim.kept_step import KeptStep
+from fishfast.training.values.sync import refuse_unwritten
 
 __all__ = ["MAKERS", "Twin", "assert_equal", "both", "counted_steps", "step_both", "twins"]
 
@@ -77,7 +78,7 @@ class Twin:
         found = dict(self.model.named_parameters())
         for position, parameter in enumerate(self.parameters()):
             for name, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and name != "master":  # the values
                     found[f"{position}.{name}"] = value
         return found
 
@@ -123,7 +124,7 @@ def assert_equal(pair: tuple[Twin, Twin]) -> None:
     assert different == []
     for parameter in pair[0].parameters():
         if hasattr(parameter, "target"):
-            parameter.refuse_unwritten("values")
+            refuse_unwritten(parameter, "values")
             assert not parameter.target.changed(parameter.target.weight())
             assert parameter.plain._version == parameter.agreed
 

@@ -29,7 +29,7 @@ __all__ = ["KeptStep"]
 _Entry = tuple[Any, ...]
 _attributes = operator.attrgetter("grad", "_version", "dtype", "shape", "_cdata")
 _methods = operator.attrgetter(
-    "data_ptr", "numel", "is_contiguous", "stride", "untyped_storage", "get_device"
+    "data_ptr", "numel", "is_contiguous", "is_neg", "stride", "untyped_storage", "get_device"
 )
 # In the order of the constructor of csrc/kept_step.h.
 _QUESTIONS = (

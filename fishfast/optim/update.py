@@ -96,7 +96,7 @@ class Update:
                 f"{tuple(values.shape)} and strides {values.stride()}"
             )
         self.values, self.plain, self.state, self.group = values, plain, state, group
-        self.grad = grad.contiguous()
+        self.grad = grad.resolve_neg().contiguous()  # read by address
         self.target = target
         self.weight: Tensor | None = None
         device = plain.device

@@ -25,7 +25,7 @@ from fishfast.training.param_groups import make_param_groups
 from fishfast.training.remask import remask
 from fishfast.training.state import TuningState
 from fishfast.training.targets import refuse_later_ties, selected_values
-from fishfast.training.values.sync import follow
+from fishfast.training.values.sync import follow, take_changes
 
 __all__ = ["SparseTuning"]
 
@@ -264,7 +264,8 @@ class SparseTuning(TuningState):
     def rebase(self) -> None:
         """Take the model's present state as the base that deltas name.
 
-        Call it after loading another base checkpoint into a tuned model, or wrapping in
+        Weights that anything wrote are taken over, whether torch counted the write or not. Call it
+        after loading another base checkpoint into a tuned model, or wrapping in
         DistributedDataParallel one whose weights were not those of rank 0; before training goes on.
 
         Raises:
@@ -273,6 +274,7 @@ class SparseTuning(TuningState):
         refuse_later_ties(self.model)
         for parameter in self.parameters():
             follow(parameter)
+            take_changes(parameter)  # of a collective, which counts no version
         self.base = BaseIdentity.of(self.model, self.mask)
         self.trained_mask, self.base_values = self.mask, selected_values(self.model, self.mask)
 

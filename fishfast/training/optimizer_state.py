@@ -49,7 +49,7 @@ def keep_masters(optimizer: Optimizer, *_: Any) -> None:
     for values in held_by(optimizer):
         values.from_state = None
         if values.grad is not None and _needs_master(values):
-            optimizer.state[values][MASTER] = values.plain
+            optimizer.state[values][MASTER] = values.detach()  # users move what state holds
 
 
 def add_masters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ def take_masters(optimizer: Optimizer) -> None:
         if master is not None:
             sync.take_masters(values, master)
             if _needs_master(values):
-                state[MASTER] = values.plain
+                state[MASTER] = values.detach()
 
 
 def own(state: dict[str, Any], device_of_step: torch.device) -> None:

@@ -67,6 +67,7 @@ def install(monkeypatch: pytest.MonkeyPatch, extension: SimulatedTopk) -> None:
         return torch.from_numpy(rows.view(np.uint8))
 
     monkeypatch.setattr(_backend, "choose", chosen)
-    monkeypatch.setattr(module, "_backend", SimpleNamespace(compiled=lambda: extension))
+    with_kernels = SimpleNamespace(compiled=lambda: extension, STORAGE=_backend.STORAGE)
+    monkeypatch.setattr(module, "_backend", with_kernels)
     monkeypatch.setattr(module, "_to_device", to_device)
     monkeypatch.setattr(module, "_device_and_stream", lambda device: (0, 0))

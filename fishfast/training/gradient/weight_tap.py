@@ -233,7 +233,8 @@ def seen_weight(module: Any, name: str) -> Tensor:
         return weight
     if not has_own_values(module, name):
         return with_values(weight, values, target.indices)
-    target.weight()  # raises for one of another shape, such as a resized embedding's
+    if weight.shape != target.shape:  # such as a resized embedding's
+        target.weight()  # raises
     settle(values)
     if not torch.is_grad_enabled():
         return weight

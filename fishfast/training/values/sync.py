@@ -26,7 +26,8 @@ both, one after the other           both versions            the masters, if the
 ``optimizer.load_state_dict``       -                        its masters, if they round to weights
                                                              of now or of a model loaded next
 a copy, an unpickled one            versions start anew      they agree
-``weight.data.copy_(...)``, numpy   nothing                  not seen; `refuse_unwritten` when saved
+``weight.data.copy_(...)``, numpy,  nothing                  no step sees it; `tuned.rebase()` does,
+a collective into the weight                                 and a save refuses what is left
 ==================================  =======================  =======================================
 
 Writing only when the weight is next read would be less work, and wrong: compiled code, held
@@ -122,6 +123,8 @@ def take_weights(values: CompactParameter) -> None:
     Args:
         values: changed in place.
     """
+    if not values.is_written and values.target.has_bits():
+        return  # a tied weight, loaded a second time under its other name
     loaded, values.from_state = values.from_state, None
     with torch.no_grad():
         values.copy_(values.target.gather() if loaded is None else loaded)
