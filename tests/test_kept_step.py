@@ -32,6 +32,17 @@ def _state(twin: Twin, position: int = 0) -> dict[str, Any]:
     return twin.optimizer.state[twin.parameters()[position]]
 
 
+_MEMORY: dict[int, np.ndarray] = {}
+
+
+def _at_one_address(twin: Twin) -> None:
+    """Give a weight another storage at the same address, as an allocator may, and other values."""
+    first = id(twin) not in _MEMORY
+    memory = _MEMORY.setdefault(id(twin), np.zeros((6, 6), np.float32))
+    memory[:] = np.arange(36).reshape(6, 6) if first else memory * 2 + 1
+    twin.weight("square.weight").data = torch.from_numpy(memory)
+
+
 def _each_state(twin: Twin, change: Callable[[Tensor], Tensor | None]) -> None:
     """Replace each state tensor by what ``change`` returns, if it returns one."""
     for state in twin.optimizer.state.values():
@@ -164,6 +175,15 @@ def test_a_kept_step_after_a_change_has_the_bits_of_a_checked_one(
     with counted_steps() as count:
         step_both(pair, 3)
     assert count["kept"] >= 2  # from the second one on it is kept again
+
+
+@every_optimizer
+def test_another_storage_at_the_same_address_is_noticed(make: Any) -> None:
+    pair = twins(make)
+    for _ in range(3):
+        both(pair, _at_one_address)
+        step_both(pair, 3)
+    _MEMORY.clear()
 
 
 @every_optimizer

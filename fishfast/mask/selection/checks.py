@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fishfast import _backend
+from fishfast._backend import STORAGE
 from fishfast.files.stored_tensors import StoredTensor
 
 __all__ = ["BadScore", "Scores", "check_scores"]
@@ -45,7 +45,7 @@ def check_scores(scores: Mapping[str, Scores]) -> torch.device:
         got: object = None
         if not isinstance(score, (Tensor, StoredTensor)):
             got = type(score).__name__
-        elif score.dtype not in _backend.STORAGE:
+        elif score.dtype not in STORAGE:
             got = score.dtype
         elif isinstance(score, Tensor) and score.layout != torch.strided:
             got = score.layout

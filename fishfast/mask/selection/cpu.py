@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fishfast import _backend
+from fishfast._backend import STORAGE
 from fishfast.mask.selection.checks import BadScore
 
 __all__ = ["CpuPasses"]
@@ -25,7 +26,7 @@ class CpuPasses:
     def __init__(self, scores: Sequence[Tensor]) -> None:
         self._scores = list(scores)
         self._passes = _backend.compiled().TopkPasses(
-            [(score.data_ptr(), score.numel(), _backend.STORAGE[score.dtype]) for score in scores],
+            [(score.data_ptr(), score.numel(), STORAGE[score.dtype]) for score in scores],
             num_threads=_backend.num_threads(sum(score.numel() for score in scores) * _TIME),
         )
 

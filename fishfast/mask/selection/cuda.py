@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fishfast import _backend
+from fishfast._backend import STORAGE
 from fishfast.mask.selection.checks import BadScore
 from fishfast.mask.sparse_mask import index_dtype
 
@@ -57,7 +58,7 @@ def _launch(scores: Sequence[Tensor], k: int, indices: Tensor) -> list[int]:
     rows = np.zeros(len(scores), _ROW_DTYPE)
     rows["data"] = [score.data_ptr() for score in scores]
     rows["numel"] = [score.numel() for score in scores]
-    rows["storage"] = [_backend.STORAGE[score.dtype] for score in scores]
+    rows["storage"] = [STORAGE[score.dtype] for score in scores]
     num_tiles = -(-rows["numel"] // extension.TOPK_SCORES_PER_TILE)
     rows["first_tile"] = np.cumsum(num_tiles) - num_tiles
     table = _to_device(rows, device)
