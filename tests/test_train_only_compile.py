@@ -105,6 +105,37 @@ def test_compiled_training_step(backend: str, counters: Any) -> None:
     assert any("SparseOptimizer._step" in reason for reason in counters["graph_break"])
 
 
+@pytest.mark.parametrize("make", [ff.SGD, torch.optim.SGD])
+def test_a_weight_written_before_a_compiled_step_stays(make: Any) -> None:
+    model = nn.Linear(8, 4)
+    tuned = ff.train_only(model, ff.random_mask(model, density=0.5, seed=0))
+    optimizer = make(list(tuned.parameters()), lr=0.0)
+    compiled = torch.compile(training_step, backend="aot_eager")
+    batch = torch.ones(2, 8)
+    for _ in range(2):
+        compiled(model, optimizer, batch)
+    weight = model._parameters["weight"]
+    with torch.no_grad():
+        weight.mul_(2.0)
+    written = weight.detach().clone()
+    compiled(model, optimizer, batch)  # lr = 0: nothing may move
+    assert torch.equal(weight, written)
+    tuned.release()
+    if make is torch.optim.SGD:
+        with pytest.raises(RuntimeError, match="does not train any more"):
+            compiled(model, optimizer, batch)
+
+
+def test_a_compiled_step_of_another_model_has_no_break_of_ours(counters: Any) -> None:
+    tuned = ff.train_only(one := nn.Linear(4, 4), ff.random_mask(one, k=3, seed=0))
+    other = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.ones(1, 4)).sum().backward()
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert not any("fishfast" in reason for reason in counters["graph_break"])
+    assert tuned.num_selected == 3
+
+
 def test_compiled_training_step_with_an_attached_optimizer() -> None:
     def attached(tuned: ff.SparseTuning) -> torch.optim.Optimizer:
         optimizer = torch.optim.RMSprop(tuned.parameters(), lr=0.05)

@@ -36,6 +36,8 @@ class CompactParameter(nn.Parameter):
         plain: the same memory and version counter as a `torch.Tensor`, whose attributes torch reads
             in a third of the time it takes for a subclass.
         agreed: version of the values that are in the weight.
+        is_compact: True, for code that torch.compile traces, whose ``isinstance`` does not know a
+            parameter's class in an optimizer.
         from_state: masters that an optimizer's state brought, until the next step: the model may be
             loaded after the optimizer.
     """
@@ -43,6 +45,7 @@ class CompactParameter(nn.Parameter):
     target: Target
     plain: Tensor
     agreed: int
+    is_compact = True
     from_state: Tensor | None = None
 
     def __new__(cls, values: Tensor, target: Target | None, requires_grad: bool = True) -> Any:

@@ -208,6 +208,14 @@ def _write_all(optimizer: Optimizer) -> None:
     write(held_by(optimizer))
 
 
+def _is_other_with_values(optimizer: Any) -> bool:
+    """Return whether an optimizer that is not ours holds compact parameters."""
+    if getattr(optimizer, "writes_weights", False):
+        return False
+    groups = optimizer.param_groups
+    return any(getattr(p, "is_compact", False) for group in groups for p in group["params"])
+
+
 @functools.cache
 def watch_optimizers() -> None:
     """Let weights follow the step of every torch optimizer that holds compact parameters.
@@ -219,11 +227,11 @@ def watch_optimizers() -> None:
     take_over, write_all = (torch.compiler.disable(f) for f in (_take_over, _write_all))
 
     def before_step(optimizer: Any, *_: Any) -> None:
-        if not getattr(optimizer, "writes_weights", False) and held_by(optimizer):
+        if _is_other_with_values(optimizer):
             take_over(optimizer)
 
     def after_step(optimizer: Any, *_: Any) -> None:
-        if not getattr(optimizer, "writes_weights", False) and held_by(optimizer):
+        if _is_other_with_values(optimizer):
             write_all(optimizer)
 
     register_optimizer_step_pre_hook(before_step)
