@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -218,6 +219,79 @@ def test_a_resumed_run_is_one_that_never_stopped(order: str) -> None:
     for run, stepper in ((tuned, optimizer), (resumed, other)):
         train(run, stepper, first=3)
     assert same_bits(masters(tuned), masters(resumed))
+
+
+def tied() -> ff.SparseTuning:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)).bfloat16()
+    model[1].weight = model[0].weight
+    return ff.train_only(model, ff.random_mask(model, density=0.5, seed=0))
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["model first", "optimizer first"])
+def test_a_tied_weight_resumes_exactly(order: int) -> None:
+    """Its checkpoint has it under two names, so it is loaded twice."""
+    tuned, resumed = tied(), tied()
+    optimizer, other = (ff.AdamW(t.parameters(), lr=1e-3) for t in (tuned, resumed))
+    for _ in range(3):
+        tuned.model(torch.arange(8)).float().square().mean().backward()
+        optimizer.step()
+    saved = copy.deepcopy((tuned.model.state_dict(), optimizer.state_dict()))
+    loads = [resumed.model.load_state_dict, other.load_state_dict]
+    for load, state in list(zip(loads, saved, strict=True))[::order]:
+        load(state)
+    assert not same_bits(masters(tuned), masters(tuned).bfloat16().float())
+    assert same_bits(masters(tuned), masters(resumed))
+
+
+WRITES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "copy_": lambda p, new: p.copy_(new),
+    "data": lambda p, new: setattr(p, "data", new.clone()),
+    "set_": lambda p, new: p.set_(new.clone()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+@pytest.mark.parametrize("make", [ff.AdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("then", ["load", "attach", "copy", "pickle"])
+def test_written_values_outlive_loads_and_copies(write: Any, make: Any, then: str) -> None:
+    tuned = start(torch.bfloat16)
+    optimizer = make(tuned.parameters(), lr=1e-3)
+    tuned.attach(optimizer)
+    train(tuned, optimizer)
+    new = [torch.randn(len(p)) for p in tuned.parameters()]
+    with torch.no_grad():
+        for parameter, numbers in zip(tuned.parameters(), new, strict=True):
+            write(parameter, numbers)
+    if then == "load":
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif then == "attach":
+        tuned.attach(optimizer)
+    else:
+        if then == "copy":
+            tuned, optimizer = copy.deepcopy((tuned, optimizer))
+        else:
+            tuned, optimizer = pickle.loads(pickle.dumps((tuned, optimizer)))
+        tuned.attach(optimizer)
+    assert same_bits(masters(tuned), torch.cat(new))
+    tuned.model.state_dict()  # reads
+    assert_masters_match(tuned.model)
+
+
+def test_a_write_to_a_copied_weight_is_taken_at_the_next_read() -> None:
+    tuned = copy.deepcopy(start())
+    with torch.no_grad():
+        tuned.model[0].weight.fill_(0.5)
+    tuned.model(torch.ones(1, 8))
+    assert next(tuned.parameters()).eq(0.5).all()
+
+
+def test_rebase_takes_what_no_version_counts() -> None:
+    tuned = start()
+    tuned.model[0]._parameters["weight"].detach().numpy()[:] = 0.25  # as a collective writes
+    tuned.rebase()
+    assert next(tuned.parameters()).eq(0.25).all()
+    assert_masters_match(tuned.model)
 
 
 DCP_OPTIMIZERS: dict[str, Callable[[ff.SparseTuning], torch.optim.Optimizer]] = {

@@ -49,7 +49,8 @@ def keep_masters(optimizer: Optimizer, *_: Any) -> None:
     for values in held_by(optimizer):
         values.from_state = None
         if values.grad is not None and _needs_master(values):
-            optimizer.state[values][MASTER] = values.detach()  # users move what state holds
+            # The parameter itself, which no write, move or copy leaves behind.
+            optimizer.state[values][MASTER] = values
 
 
 def add_masters(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -85,9 +86,10 @@ def take_masters(optimizer: Optimizer) -> None:
         state = optimizer.state.get(values, {})
         master = state.pop(MASTER, None)
         if master is not None:
-            sync.take_masters(values, master)
+            if master is not values:  # as `keep_masters` left it
+                sync.take_masters(values, master)
             if _needs_master(values):
-                state[MASTER] = values.detach()
+                state[MASTER] = values
 
 
 def own(state: dict[str, Any], device_of_step: torch.device) -> None:

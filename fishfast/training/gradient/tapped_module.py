@@ -244,7 +244,10 @@ def _give_targets(module: _TappedModule) -> None:
     for name, target in module._masked.items():
         values = module._parameters.get(name + VALUES_SUFFIX)
         if type(values) is nn.Parameter:  # unpickled, or copied by itself
-            given_target(values, target)
+            values = given_target(values, target)
+        weight = module._parameters.get(name)
+        if isinstance(values, CompactParameter) and weight is not None and not target.has_seen:
+            target.mark_seen(weight)  # they were settled before they were copied
     watch_optimizers()
 
 

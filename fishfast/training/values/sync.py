@@ -140,6 +140,7 @@ def take_masters(values: CompactParameter, masters: Tensor) -> None:
         values: changed in place.
         masters: fp32 [k].
     """
+    follow(values)  # what was written into them before is no leftover of the weight
     with torch.no_grad():
         values.copy_(masters)
     take_changes(values)

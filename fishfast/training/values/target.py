@@ -44,6 +44,7 @@ class Target:
     plan: Any = None
     values: Any = None
     tap: Any = None
+    _seen: _Seen | None = None  # also of one whose attributes are not unpickled yet
     shares_input: bool | None = None
     columns: Any = None
     dense_gradient_limit = DENSE_GRADIENT_LIMIT
@@ -55,7 +56,6 @@ class Target:
         self.indices = indices.clone(memory_format=torch.contiguous_format)
         module, own_name = owners[0]
         self.shape = module._parameters[own_name].shape  # type: ignore[union-attr]
-        self._seen: _Seen | None = None
         self._fingerprint: int | None = None
         self._offsets: tuple[tuple[int, ...], Tensor] | None = None
 
@@ -116,7 +116,7 @@ class Target:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what was seen: a copied tensor counts its versions anew."""
-        return {**self.__dict__, "_seen": None, "tap": None}
+        return {name: held for name, held in self.__dict__.items() if name not in ("_seen", "tap")}
 
     @property
     def has_seen(self) -> bool:
