@@ -117,6 +117,13 @@ def _train_step(cases: list[Case]) -> list[str]:
     return _by_contender("model", cases, with_saved)
 
 
+def _host(cases: list[Case]) -> list[str]:
+    """CPU time as a multiple of full fine-tuning's."""
+    return _by_contender(
+        "tiny tensors, CPU time", cases, lambda _, row: f"{row['times_floor']:.2f}"
+    )
+
+
 Cell = Callable[[Case, Figures], str]
 
 
@@ -167,6 +174,7 @@ _STAGES: dict[str, Callable[[list[Case]], list[str]]] = {
     "fisher": _fisher,
     "topk_mask": _topk_mask,
     "sparse_adam": _sparse_adam,
+    "host": _host,
     "train_step": _train_step,
     "masked_grad": _masked_grad,
 }
