@@ -26,7 +26,7 @@ from machine import cpu_seconds, full_size, machine, machine_line
 # not here comes last.
 _SHARES = {
     "topk_mask": 10, "sparse_adam": 15, "masked_grad": 6, "train_step": 19, "fisher": 38,
-    "fisher_kernel": 5, "fisher_sweep": 9, "host": 4, "host_step": 1,
+    "host": 4, "fisher_kernel": 5, "fisher_sweep": 9, "host_step": 1,
 }  # fmt: skip
 _STATE = pytest.StashKey["_Run"]()
 
