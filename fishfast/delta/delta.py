@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from fishfast._wrappers import unwrapped
 from fishfast.delta.file import Contents, read_delta, refuse_non_finite, write_delta
-from fishfast.delta.places import Places, targets_of
+from fishfast.delta.places import Places
 from fishfast.files.atomic import PathLike
 from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.base_identity import BaseIdentity
 from fishfast.training.gradient.tapped_module import compact_parameters
 from fishfast.training.handle import SparseTuning
+from fishfast.training.targets import targets_of
 from fishfast.training.values.sync import follow, refuse_unwritten
 
 __all__ = ["Delta", "load_delta", "save_delta"]

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from fishfast.mask.sparse_mask import SparseMask
 from fishfast.training.gradient.tapped_module import compact_parameters
+from fishfast.training.targets import targets_of
 from fishfast.training.values.sync import take_changes
-from fishfast.training.values.target import Target
 
-__all__ = ["Places", "targets_of"]
+__all__ = ["Places"]
 
 
 class Places:
@@ -94,18 +94,6 @@ class Places:
             _refuse_changed(name, target.gather(), values[name])
         for name, buffer in self.buffers.items():
             _refuse_changed(name, buffer, buffers[name])
-
-
-def targets_of(model: nn.Module, mask: SparseMask) -> dict[str, Target]:
-    """Return the place of every parameter that has selected weights, by name."""
-    parameters = dict(model.named_parameters())
-    targets = {}
-    for name, found in mask.items():
-        if len(found):
-            module_name, _, own_name = name.rpartition(".")
-            owner = (model.get_submodule(module_name), own_name)
-            targets[name] = Target([owner], found.to(parameters[name].device), name)
-    return targets
 
 
 def _refuse_changed(name: str, now: Tensor, applied: Tensor) -> None:

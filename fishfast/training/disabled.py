@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from fishfast.training.state import TuningState
+from fishfast.training.targets import targets_of
 from fishfast.training.values.sync import follow
 from fishfast.training.values.target import Target
 
@@ -25,7 +26,7 @@ def base_model(tuned: TuningState) -> Iterator[nn.Module]:
     for parameter in tuned.parameters():
         follow(parameter)
     versions = [p.plain._version for p in tuned.parameters()]
-    targets = _targets(tuned)
+    targets = targets_of(tuned.model, tuned.trained_mask)  # all that any mask so far has trained
     trained = {name: target.gather() for name, target in targets.items()}
     hooks = [parameter.register_hook(_refuse_backward) for parameter in held]
     try:
@@ -53,18 +54,6 @@ def _refuse_backward(grad: Tensor) -> None:
         "backward() of the trained model cannot run within tuned.disabled(): its weights have the "
         "base's values there; call it after the block"
     )
-
-
-def _targets(tuned: TuningState) -> dict[str, Target]:
-    """Return the places of all that any mask so far has trained."""
-    parameters = dict(tuned.model.named_parameters())
-    targets = {}
-    for name, indices in tuned.trained_mask.items():
-        if len(indices):
-            module, _, own = name.rpartition(".")
-            owner = (tuned.model.get_submodule(module), own)
-            targets[name] = Target([owner], indices.to(parameters[name].device), name)
-    return targets
 
 
 def _write_unseen(target: Target, values: Tensor) -> None:

@@ -19,7 +19,13 @@ from fishfast.training.gradient.tapped_module import (
 )
 from fishfast.training.values.target import Target
 
-__all__ = ["find_targets", "refuse_later_ties", "refuse_outside_owners", "selected_values"]
+__all__ = [
+    "find_targets",
+    "refuse_later_ties",
+    "refuse_outside_owners",
+    "selected_values",
+    "targets_of",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -165,6 +171,23 @@ def _modules_with(parameters: dict[int, dict[str, Any]]) -> Iterator[nn.Module]:
     for module in [*holders, *(gc.get_referrers(*attributes) if attributes else [])]:
         if isinstance(module, nn.Module) and id(module._parameters) in parameters:
             yield module
+
+
+def targets_of(model: nn.Module, mask: SparseMask) -> dict[str, Target]:
+    """Return the place of every parameter that has selected weights, by name.
+
+    Args:
+        model: plain or tuned.
+        mask: one that fits it.
+    """
+    parameters = dict(model.named_parameters())
+    targets = {}
+    for name, found in mask.items():
+        if len(found):
+            module_name, _, own_name = name.rpartition(".")
+            owner = (model.get_submodule(module_name), own_name)
+            targets[name] = Target([owner], found.to(parameters[name].device), name)
+    return targets
 
 
 def selected_values(model: nn.Module, mask: SparseMask) -> dict[str, Tensor]:

@@ -36,7 +36,6 @@ __all__ = ["masked_grad"]
 
 _TIME = 0.05  # nanoseconds for a product
 _TOKEN_TIME = 1.0  # nanoseconds for an entry of a token's row
-_STORAGE = _backend.STORAGE
 
 
 def masked_grad(
@@ -143,7 +142,7 @@ def _(
 
 
 def _is_compiled_for(grad: Tensor) -> bool:
-    if grad.device.type != "cpu" or grad.dtype not in _STORAGE:
+    if grad.device.type != "cpu" or grad.dtype not in _backend.STORAGE:
         return False
     return _backend.choose("masked_grad", grad.device) == "cpu"
 
@@ -165,7 +164,7 @@ def _sums(
         *(t.data_ptr() for t in (out, left, right, indices)),
         sizes=(len(indices), len(left), *shape),
         strides=(left.stride(0), right.stride(0)),
-        storage=_STORAGE[grad.dtype],
+        storage=_backend.STORAGE[grad.dtype],
         wide_indices=indices.dtype == torch.int64,
         num_threads=_backend.num_threads(len(indices) * len(left) * _TIME),
     )
@@ -185,7 +184,7 @@ def _sums_of_tokens(
         sizes=(len(indices), len(tokens), *shape),
         stride=rows.stride(0),
         padding=padding,
-        storage=_STORAGE[grad.dtype],
+        storage=_backend.STORAGE[grad.dtype],
         wide_indices=indices.dtype == torch.int64,
         num_threads=_backend.num_threads(entries * _TOKEN_TIME),
     )
