@@ -201,34 +201,33 @@ py::dict build_info() {
 }
 
 #ifdef FISHFAST_WITH_CUDA
-// Works on the tensor's own device, whatever the caller's current one is.
+// Works on the tensor's own device. The caller made it the current one (fishfast/_tables.py), or
+// this does: to go back makes a context on the device before, which may have had none.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : device_(device) {
     check(cudaGetDevice(&previous_));
-    check(cudaSetDevice(device));
+    if (previous_ != device_) check(cudaSetDevice(device_));
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
   static void check(cudaError_t status) {
     if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
   }
 
  private:
-  int previous_ = 0;
+  int device_, previous_ = 0;
 };
 
-void adam_cuda(uintptr_t rows, uintptr_t chunks, int64_t num_chunks, int device, uintptr_t stream) {
-  require_address((rows != 0 && chunks != 0) || num_chunks == 0, "the table of rows or chunks");
-  DeviceGuard guard(device);
-  sparse_adam_cuda(pointer<SparseAdamRow>(rows), pointer<StepChunk>(chunks), num_chunks,
-                   pointer<void>(stream));
-}
+template <class Row>
+using RowsLauncher = void (*)(const Row*, const StepChunk*, int64_t, void*);
 
-void sgd_cuda(uintptr_t rows, uintptr_t chunks, int64_t num_chunks, int device, uintptr_t stream) {
+template <class Row, RowsLauncher<Row> launch>
+void rows_cuda(uintptr_t rows, uintptr_t chunks, int64_t num_chunks, int device, uintptr_t stream) {
   require_address((rows != 0 && chunks != 0) || num_chunks == 0, "the table of rows or chunks");
   DeviceGuard guard(device);
-  sparse_sgd_cuda(pointer<SparseSgdRow>(rows), pointer<StepChunk>(chunks), num_chunks,
-                  pointer<void>(stream));
+  launch(pointer<Row>(rows), pointer<StepChunk>(chunks), num_chunks, pointer<void>(stream));
 }
 
 // tables: rows, plans and chunks on the device; sizes: rows and chunks; inputs: the host's array of
@@ -331,10 +330,13 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef FISHFAST_WITH_CUDA
   m.def("cuda_device_count", &cuda_device_count);
-  m.def("sparse_adam_cuda", &adam_cuda, py::arg("rows"), py::arg("chunks"), py::arg("num_chunks"),
-        py::arg("device"), py::arg("stream"));
-  m.def("sparse_sgd_cuda", &sgd_cuda, py::arg("rows"), py::arg("chunks"), py::arg("num_chunks"),
-        py::arg("device"), py::arg("stream"));
+  const auto def_rows = [&m](const char* name, auto launcher) {
+    m.def(name, launcher, py::arg("rows"), py::arg("chunks"), py::arg("num_chunks"),
+          py::arg("device"), py::arg("stream"));
+  };
+  def_rows("sparse_adam_cuda", &rows_cuda<SparseAdamRow, sparse_adam_cuda>);
+  def_rows("sparse_sgd_cuda", &rows_cuda<SparseSgdRow, sparse_sgd_cuda>);
+  def_rows("write_values_cuda", &rows_cuda<WriteRow, write_values_cuda>);
   m.def("sparse_adam_capturable_cuda", &adam_capturable_cuda, py::arg("tables"), py::arg("sizes"),
         py::arg("inputs"), py::arg("device"), py::arg("stream"));
   m.def("sparse_sgd_capturable_cuda", &sgd_capturable_cuda, py::arg("tables"), py::arg("sizes"),

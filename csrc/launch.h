@@ -138,6 +138,10 @@ struct WriteRow {  // one compact parameter, after a step that another optimizer
 // Writes the rounded values into the weights and nothing else.
 void write_values_cpu(const WriteRow* rows, int64_t num_rows, int num_threads);
 
+// As sparse_adam_cuda.
+void write_values_cuda(const WriteRow* rows, const StepChunk* chunks, int64_t num_chunks,
+                       void* stream);
+
 // ---- fisher_linear ----------------------------------------------------------------------------
 
 struct FisherOperand {  // element (row, column) is data[rows[row] + columns[column]]

@@ -31,7 +31,7 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "fisher": {"cpu": ("cpu", "torch", "triton"), "cuda": ("triton", "torch")},
     "masked_grad": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
     "topk_mask": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
-    "write_values": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    "write_values": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_adam": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "sparse_sgd": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
 }

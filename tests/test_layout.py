@@ -136,6 +136,6 @@ def test_an_operation_has_one_stem_in_every_room(operation: str) -> None:
 
 def test_nothing_lies_beside_the_packages_but_what_all_use() -> None:
     assert {path.name for path in PACKAGE.glob("*.py")} == {
-        "__init__.py", "__main__.py", "_backend.py", "_lazy.py", "_processes.py", "_version.py",
-        "_wrappers.py",
+        "__init__.py", "__main__.py", "_backend.py", "_lazy.py", "_processes.py", "_tables.py",
+        "_version.py", "_wrappers.py",
     }  # fmt: skip

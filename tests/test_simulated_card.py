@@ -13,6 +13,7 @@ from cuda_models import batches, losses, net
 
 import fishfast as ff
 from fishfast import _backend
+from fishfast.training.values.sync import refuse_unwritten
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,6 +98,22 @@ def test_a_steady_step_is_one_launch_and_waits_for_nothing(make: Any, card: Any)
             assert not card.waits()
             assert not card.operators()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_another_optimizers_step_is_followed_in_one_launch(make: Any, card: Any) -> None:
+    model = net().cuda()
+    tuned = ff.train_only(model, ff.random_mask(model, density=0.1, seed=0))
+    optimizer = make(tuned.parameters(), lr=0.1)
+    extension = _backend.compiled()
+    losses(model, batches("cuda")[0]).mean().backward()
+    launches = extension.launches
+    card.forget()
+    optimizer.step()
+    assert extension.launches - launches == 1
+    assert not card.waits()
+    for values in tuned.parameters():
+        refuse_unwritten(values, values.target.name)
 
 
 def test_forward_and_backward_of_a_tuned_model_wait_for_nothing(card: Any) -> None:

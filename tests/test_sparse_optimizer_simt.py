@@ -1,4 +1,4 @@
-"""The shipped kernels csrc/sparse_adam.cu and csrc/sparse_sgd.cu, executed, against the C++ step.
+"""The shipped csrc/sparse_adam.cu, csrc/sparse_sgd.cu and csrc/write_values.cu, executed, against C++.
 
 The optimizers run as they are; the tables that they make go to the simulated kernels. Everything
 must agree bit for bit. test_simt_kernels.py runs the kernels alone, under every schedule and
@@ -14,9 +14,11 @@ import torch
 from simt.library import SimtLibrary
 from simt.schedules import schedules
 from simt.sparse_step_backend import BACKEND, SimulatedExtension
+from stepping import random_tensors, same_bits, some_indices, tune
 from torch import nn
 
 import fishfast as ff
+from fishfast import _backend
 
 # One entry, a warp and its neighbours, one chunk of 1,024 and its neighbours, several chunks.
 _SHAPES = [(1,), (31,), (33,), (1024,), (1025,), (67, 61)]
@@ -82,3 +84,22 @@ def test_same_bits_under_forty_schedules(
         schedule.apply(step_library)
         got = _train(case, BACKEND, torch.bfloat16, 2)
         assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), schedule
+
+
+@pytest.mark.parametrize("dtype", _DTYPES.values(), ids=_DTYPES)
+def test_what_another_optimizer_stepped_is_written_in_one_launch(
+    dtype: torch.dtype, simulated_steps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [w.to(dtype) for w in random_tensors((37, 11), (1,), (1025,), (5, 3, 2, 2))]
+    weights[-1] = weights[-1].to(memory_format=torch.channels_last)  # 64-bit offsets
+    indices = [some_indices(w.numel()) for w in weights]
+    runs = [tune(weights, indices) for _ in range(2)]
+    for tuned, backend in zip(runs, ("cuda", "cpu"), strict=True):
+        monkeypatch.setattr(_backend, "choose", lambda *_, backend=backend: backend)
+        optimizer = torch.optim.AdamW(tuned.parameters(), lr=0.1)
+        for values in tuned.parameters():
+            values.grad = torch.arange(1.0, len(values) + 1)
+        optimizer.step()
+    assert simulated_steps.launches == 1
+    for ours, theirs in zip(*(tuned.model.state_dict().values() for tuned in runs), strict=True):
+        assert same_bits(ours, theirs)

@@ -14,14 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fishfast import _backend
+from fishfast import _backend, _tables
 from fishfast.optim.flat_state import new_tensors
-from fishfast.optim.step_table import (
-    CHUNK_DTYPE,
-    chunk_table,
-    device_and_stream,
-    to_device,
-)
 from fishfast.optim.update import Update, is_capturing, refuse_in_capture
 
 __all__ = [
@@ -149,9 +143,8 @@ class Tables:
         table = self._table(rows, plans, updates, entries, addressed)
         grads = np.array([update.grad.data_ptr() for update in updates], np.uint64)
         inputs = (grads.ctypes.data, *(0 if t is None else t.data_ptr() for t in held))
-        index, stream = device_and_stream(device)
         call = getattr(extension, f"{operation}_capturable_cuda")
-        call(table.addresses, table.sizes, inputs, index, stream)
+        _tables.launch_on(device, call, table.addresses, table.sizes, inputs)
 
     def _table(
         self,
@@ -172,8 +165,8 @@ class Tables:
         if present is None or present.layout != layout or present.content != content:
             refuse_in_capture("options or state changed")
             counts = tuple(update.values.numel() for update in updates)
-            _, stream = device_and_stream(device)
-            chunks = chunk_table(counts, entries, device, stream)
+            stream = _tables.present_stream(device)
+            chunks = _tables.chunk_table(counts, entries, device, stream)
             present = self._present[device] = _Table(layout, content, rows, plans, chunks)
         if capturing:
             held = [*addressed, *(tensor for update in updates for tensor in update.state.values())]
@@ -202,9 +195,9 @@ class _Table:
     ) -> None:
         self.layout, self.content = layout, content
         device = chunks.device
-        self._tensors = (to_device(rows, device), to_device(plans, device), chunks)
+        self._tensors = (*(_tables.to_device(table, device) for table in (rows, plans)), chunks)
         self.addresses = tuple(tensor.data_ptr() for tensor in self._tensors)
-        self.sizes = (len(rows), chunks.numel() // CHUNK_DTYPE.itemsize)
+        self.sizes = (len(rows), chunks.numel() // _tables.CHUNK_DTYPE.itemsize)
 
     def used_on_present_stream(self) -> None:
         """Keep the memory from other use until this stream has come here, be it freed before."""

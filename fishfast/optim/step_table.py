@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,23 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fishfast import _backend
+from fishfast import _backend, _tables
 from fishfast.optim.update import Update
 from fishfast.training.values.write_values import TARGET_DTYPE
 
-__all__ = [
-    "CHUNK_DTYPE",
-    "chunk_table",
-    "device_and_stream",
-    "fill_scalars",
-    "launch",
-    "make_rows",
-    "row_dtype",
-    "to_device",
-]
+__all__ = ["fill_scalars", "launch", "make_rows", "row_dtype"]
 
-# csrc/launch.h, struct StepChunk.
-CHUNK_DTYPE = np.dtype([("start", "<i8"), ("row", "<i8")])
 _TIME = 8.0  # nanoseconds for an entry, most of them for its weight from memory
 
 
@@ -108,21 +96,7 @@ def launch(
     if backend == "cpu":
         call(rows.ctypes.data, len(rows), _backend.num_threads(sum(counts) * _TIME))
         return
-    index, stream = device_and_stream(device)
-    chunks = chunk_table(counts, extension.ENTRIES_PER_STEP_CHUNK, device, stream)
-    table = to_device(rows, device)
-    num_chunks = chunks.numel() // CHUNK_DTYPE.itemsize
-    call(table.data_ptr(), chunks.data_ptr(), num_chunks, index, stream)
-
-
-def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
-    """Copy a table; the host does not wait."""
-    return torch.from_numpy(rows.view(np.uint8)).pin_memory().to(device, non_blocking=True)
-
-
-def device_and_stream(device: torch.device) -> tuple[int, int]:
-    """Return the index of a CUDA device and its present stream."""
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+    _tables.launch_rows(rows, counts, device, call, extension.ENTRIES_PER_STEP_CHUNK)
 
 
 def _fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
@@ -142,18 +116,3 @@ def _fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
     rows["values"] = [update.plain.data_ptr() for update in updates]
     rows["k"] = [update.plain.numel() for update in updates]
     return held
-
-
-@functools.lru_cache(maxsize=8)
-def chunk_table(counts: tuple[int, ...], entries: int, device: torch.device, stream: int) -> Tensor:
-    """Return which row and entry each block starts at; on the device, made once for each stream.
-
-    Args:
-        counts: entries of each row.
-        entries: entries that one block updates.
-        device: where the blocks run.
-        stream: the present one, which reads it: what is forgotten here while another stream still
-            read it would be overwritten.
-    """
-    table = [(start, row) for row, count in enumerate(counts) for start in range(0, count, entries)]
-    return torch.from_numpy(np.array(table, CHUNK_DTYPE).view(np.uint8)).to(device)

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from fishfast import _backend
+from fishfast import _backend, _tables
 from fishfast.optim import capturable
-from fishfast.optim import step_table as sparse_rows
 from simt.build import CSRC, HERE
 from simt.library import SimtLibrary
 
 BACKEND = "simulated"
-OPERATIONS = ("sparse_adam", "sparse_sgd")
+OPERATIONS = ("sparse_adam", "sparse_sgd", "write_values")
 SOURCES = [path for name in OPERATIONS for path in (CSRC / f"{name}.cu", HERE / f"{name}_api.cpp")]
 
 
@@ -85,6 +84,9 @@ class SimulatedExtension:
     def sparse_sgd_cuda(self, rows: int, chunks: int, num_chunks: int, *_: int) -> None:
         self._step("sparse_sgd", rows, chunks, num_chunks)
 
+    def write_values_cuda(self, rows: int, chunks: int, num_chunks: int, *_: int) -> None:
+        self._step("write_values", rows, chunks, num_chunks)
+
     def sparse_adam_capturable_cuda(self, tables: Any, sizes: Any, inputs: Any, *_: int) -> None:
         self._capturable_step("sparse_adam", tables, sizes, inputs)
 
@@ -108,6 +110,12 @@ def _pointer(address: int) -> ctypes.c_void_p:
     return ctypes.c_void_p(address or None)
 
 
+def without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let launchers be called for tensors of the CPU."""
+    monkeypatch.setattr(_tables, "present_stream", lambda device: 0)
+    monkeypatch.setattr(_tables, "launch_on", lambda device, call, *given: call(*given, 0, 0))
+
+
 def install(monkeypatch: pytest.MonkeyPatch, library: SimtLibrary) -> SimulatedExtension:
     """Let ``backend="simulated"`` of the optimizers run the CUDA kernels until the test ends."""
     extension, choose = SimulatedExtension(_backend.compiled(), library), _backend.choose
@@ -121,8 +129,7 @@ def install(monkeypatch: pytest.MonkeyPatch, library: SimtLibrary) -> SimulatedE
 
     monkeypatch.setattr(_backend, "choose", chosen)
     monkeypatch.setattr(_backend, "compiled", lambda: extension)
-    for module in (sparse_rows, capturable):
-        monkeypatch.setattr(module, "to_device", to_device)
-        monkeypatch.setattr(module, "device_and_stream", lambda device: (0, 0))
+    monkeypatch.setattr(_tables, "to_device", to_device)
+    without_a_card(monkeypatch)
     monkeypatch.setattr(capturable, "_DEVICE_TYPES", ("cuda", "cpu"))
     return extension

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from fishfast import _backend
+from fishfast import _backend, _tables
 from fishfast.mask.selection import cuda as module
 from simt.build import CSRC, HERE
 from simt.library import SimtLibrary
+from simt.sparse_step_backend import without_a_card
 
 BACKEND = "simulated"
 SOURCES = [CSRC / "topk_mask.cu", HERE / "topk_mask_api.cpp"]
@@ -69,5 +70,5 @@ def install(monkeypatch: pytest.MonkeyPatch, extension: SimulatedTopk) -> None:
     monkeypatch.setattr(_backend, "choose", chosen)
     with_kernels = SimpleNamespace(compiled=lambda: extension, STORAGE=_backend.STORAGE)
     monkeypatch.setattr(module, "_backend", with_kernels)
-    monkeypatch.setattr(module, "_to_device", to_device)
-    monkeypatch.setattr(module, "_device_and_stream", lambda device: (0, 0))
+    monkeypatch.setattr(_tables, "to_device", to_device)
+    without_a_card(monkeypatch)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fishfast import _backend
+from fishfast import _backend, _tables
 from fishfast._backend import STORAGE
 from fishfast.mask.selection.checks import BadScore
 from fishfast.mask.sparse_mask import index_dtype
@@ -61,7 +61,7 @@ def _launch(scores: Sequence[Tensor], k: int, indices: Tensor) -> list[int]:
     rows["storage"] = [STORAGE[score.dtype] for score in scores]
     num_tiles = -(-rows["numel"] // extension.TOPK_SCORES_PER_TILE)
     rows["first_tile"] = np.cumsum(num_tiles) - num_tiles
-    table = _to_device(rows, device)
+    table = _tables.to_device(rows, device)
 
     params = np.zeros((), _PARAMS_DTYPE)
     params["rows"] = table.data_ptr()
@@ -78,14 +78,6 @@ def _launch(scores: Sequence[Tensor], k: int, indices: Tensor) -> list[int]:
     num_bytes = extension.topk_mask_workspace_bytes(params.ctypes.data)
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     params["workspace"] = workspace.data_ptr()
-    extension.topk_mask_cuda(params.ctypes.data, *_device_and_stream(device))
+    _tables.launch_on(device, extension.topk_mask_cuda, params.ctypes.data)
     result_bytes = 8 * (_RESULT_NUMBERS + len(scores))
     return workspace[:result_bytes].view(torch.int64).tolist()  # the one wait
-
-
-def _to_device(rows: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(rows.view(np.uint8)).pin_memory().to(device, non_blocking=True)
-
-
-def _device_and_stream(device: torch.device) -> tuple[int, int]:
-    return device.index, torch.cuda.current_stream(device).cuda_stream

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fishfast import _backend
+from fishfast import _backend, _tables
 from fishfast.training.values.target import Target
 
 __all__ = ["TARGET_DTYPE", "write_values"]
@@ -19,6 +19,7 @@ TARGET_DTYPE = np.dtype(
 )
 _ROW_DTYPE = np.dtype([("target", TARGET_DTYPE), ("values", "<u8"), ("k", "<i8")])
 _TIME = 4.0  # nanoseconds for an entry
+_Place = tuple[Tensor, Target, Tensor]  # values, where they go, and the weight
 
 
 def write_values(places: Sequence[tuple[Tensor, Target]]) -> None:
@@ -32,31 +33,31 @@ def write_values(places: Sequence[tuple[Tensor, Target]]) -> None:
             written.
     """
     weights = [target.weight() for _, target in places]
-    compiled = []
+    compiled: dict[torch.device, list[_Place]] = {}
     for (values, target), weight in zip(places, weights, strict=True):
         if _is_compiled_for(values, weight):
-            compiled.append((values, target, weight))
+            compiled.setdefault(weight.device, []).append((values, target, weight))
         else:
             target.scatter_(values)
-    if compiled:
-        _write_compiled(compiled)
-        torch.autograd.graph.increment_version([weight for _, _, weight in compiled])
-        for _, target, weight in compiled:
+    for device, written in compiled.items():
+        _write_compiled(written, device)
+        torch.autograd.graph.increment_version([weight for _, _, weight in written])
+        for _, target, weight in written:
             target.mark_seen(weight)
 
 
 def _is_compiled_for(values: Tensor, weight: Tensor) -> bool:
     return (
         type(values) is Tensor
-        and values.device.type == weight.device.type == "cpu"
+        and values.device == weight.device
         and values.dtype == torch.float32
         and values.is_contiguous()
         and weight.dtype in _backend.STORAGE
-        and _backend.choose("write_values", weight.device) == "cpu"
+        and _backend.choose("write_values", weight.device) != "torch"
     )
 
 
-def _write_compiled(places: list[tuple[Tensor, Target, Tensor]]) -> None:
+def _write_compiled(places: list[_Place], device: torch.device) -> None:
     rows = np.zeros(len(places), _ROW_DTYPE)
     offsets = [target.offsets(weight) for _, target, weight in places]
     wide = torch.int64
@@ -65,8 +66,13 @@ def _write_compiled(places: list[tuple[Tensor, Target, Tensor]]) -> None:
         for where, (_, _, weight) in zip(offsets, places, strict=True)
     ]
     rows["values"] = [values.data_ptr() for values, _, _ in places]
-    rows["k"] = counts = [values.numel() for values, _, _ in places]
+    counts = tuple(values.numel() for values, _, _ in places)
+    rows["k"] = counts
     extension = _backend.compiled()
     assert rows.itemsize == extension.WRITE_ROW_BYTES
-    threads = _backend.num_threads(sum(counts) * _TIME)
-    extension.write_values_cpu(rows.ctypes.data, len(rows), threads)
+    if _backend.choose("write_values", device) == "cpu":
+        threads = _backend.num_threads(sum(counts) * _TIME)
+        extension.write_values_cpu(rows.ctypes.data, len(rows), threads)
+    else:  # the stream orders the reuse of what the rows point at after the kernel
+        entries = extension.ENTRIES_PER_STEP_CHUNK
+        _tables.launch_rows(rows, counts, device, extension.write_values_cuda, entries)
