@@ -44,7 +44,8 @@ class Accumulator:
             if backend == "cpu":
                 module = accumulate_cpu
             elif backend == "triton":
-                module = importlib.import_module(f"fishfast.kernels.fisher_{operation}")
+                file = {"blocks": "linear"}.get(operation, operation)
+                module = importlib.import_module(f"fishfast.kernels.fisher_{file}")
             found = self._functions[operation, score.device] = getattr(module, f"add_{operation}")
         return found
 
@@ -54,17 +55,25 @@ class Accumulator:
         """Add ``sum_b f( sum_{r in b} grad[r, o] x[r, i] )`` to ``score [O, I]``."""
         self._backend_of(score, "linear")(score, grad, x, starts, ends, self.power)
 
+    def add_blocks(
+        self, score: Tensor, bias: Tensor | None, grad: Tensor, x: Tensor, bias_of_x: bool
+    ) -> None:
+        """Add the same for samples of one length, ``[B, T, *]``, and f of their sums to ``bias``."""
+        self._backend_of(score, "blocks")(score, bias, grad, x, bias_of_x, self.power)
+
     def add_sum(
         self,
-        score: Tensor,
+        score: Tensor | None,
         grad: Tensor,
         x: Tensor | None,
         mean: Tensor | None,
         rstd: Tensor | None,
+        bias: Tensor | None = None,
     ) -> None:
-        """Add ``sum_b f( sum_t grad (x - mean) rstd )`` to ``score [D]``."""
+        """Add ``sum_b f( sum_t grad (x - mean) rstd )`` to ``score [D]``, without x to ``bias``."""
         factors = (None if t is None else _no_double(t) for t in (x, mean, rstd))
-        self._backend_of(score, "sum")(score, _no_double(grad), *factors, self.power)
+        run = self._backend_of(score if bias is None else bias, "sum")  # type: ignore[arg-type]
+        run(score, _no_double(grad), *factors, self.power, bias)
 
     def add_embedding(self, score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor) -> None:
         """Add the rows of equal tokens of a sample, f of their sum, to ``score [V, D]``."""

@@ -55,11 +55,13 @@ class Operand(NamedTuple):
         tensor: the parameter or a tensor computed from parameters; its graph is kept.
         names: the parameters.
         region: which part of the one parameter it is, or None if it was computed.
+        is_part: whether it is another tensor than the parameter.
     """
 
     tensor: Tensor
     names: tuple[str, ...]
     region: Region | None
+    is_part: bool = True
 
 
 class Tracker:
@@ -78,7 +80,7 @@ class Tracker:
         self.pulled_back: set[str] = set()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._whole = {
-            name: Operand(parameter, (name,), self._region(parameter))
+            name: Operand(parameter, (name,), self._region(parameter), is_part=False)
             for name, parameter in parameters.items()
         }
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Rows", "layouts"]
+__all__ = ["Layout", "Rows", "bounds_of_blocks", "layouts"]
 
 NO_GRADIENT, SEVERAL = -1, -2
 
@@ -115,11 +115,7 @@ class Rows:
             flat = [t.reshape(-1, t.shape[-1]).index_select(0, order) for t in tensors]
             return flat, ends - lengths, ends
         blocks = [self.layout.by_sample(t, self.lead, self.num_samples) for t in tensors]
-        length, device = blocks[0].shape[1], blocks[0].device
-        starts, ends = _bounds(self.num_samples, length, device)
-        # Where asking costs nothing, first whether there is any padding at all (or any row).
-        if length > 1 and (device.type != "cpu" or not bool(blocks[0][:, -1].any(-1).all())):
-            ends = starts + (_places(length, device) * (blocks[0] != 0).any(-1)).amax(1)
+        starts, ends = bounds_of_blocks(blocks[0])
         return [t.reshape(-1, t.shape[-1]) for t in blocks], starts, ends
 
     def split(self, tensor: Tensor) -> Iterator[Tensor]:
@@ -143,6 +139,20 @@ class Rows:
         # segment_reduce adds the rows of a segment in order on every device: no float atomics.
         summed = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, initial=0)
         return summed.view(-1, *rest)
+
+
+def bounds_of_blocks(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first row of each sample and the one after its last that is not zero, ``[B]``.
+
+    Args:
+        grad: ``[B, T, rest]``, whose rows are counted sample by sample.
+    """
+    num_samples, length, device = len(grad), grad.shape[1], grad.device
+    starts, ends = _bounds(num_samples, length, device)
+    # Where asking costs nothing, first whether there is any padding at all (or any row).
+    if length > 1 and (device.type != "cpu" or not bool(grad[:, -1].any(-1).all())):
+        ends = starts + (_places(length, device) * (grad != 0).any(-1)).amax(1)
+    return starts, ends
 
 
 @functools.lru_cache(maxsize=64)

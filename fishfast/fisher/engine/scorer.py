@@ -23,6 +23,7 @@ from fishfast.fisher.engine.interception import (
     Interception,
     SecondDerivativeError,
 )
+from fishfast.fisher.engine.plan import Plans
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
 from fishfast.fisher.engine.rows import Layout, Rows, layouts
@@ -86,6 +87,7 @@ class Scorer:
         self.parameters, self.scores, self.add = parameters, scores, add
         self.interception = Interception(parameters)
         self.rows = RowFinder()
+        self._plans = Plans(scores)
         self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
         self.fallback: dict[str, str] = {}
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
@@ -172,7 +174,7 @@ class Scorer:
                         {name: reason for name in self.parameters if name not in self.fallback}
                     )
                     continue
-                found = audit(losses.probe, self.interception.tracker)
+                found = audit(losses.probe, self.interception.tracker, self._plans)
             if versions != [tensor._version for tensor in tensors]:
                 raise ValueError(
                     "loss_fn must leave the batch's tensors as they are, because a forward may run "
@@ -255,8 +257,8 @@ class Scorer:
 
         A gradient that is rounding alone is 0 in one backward and not in another.
         """
-        for node in found.calls:
-            if any(id(group) in left_out for group in found.groups[node]):
+        for node, groups in zip(found.calls, found.plan.groups, strict=True):
+            if any(id(group) in left_out for group in groups):
                 node.rows = Rows(node.lead, 1, Layout("one"))
         with self._timed("backward"):
             for loss in losses:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.rows import Rows
 from fishfast.fisher.engine.rules.rule import Rule
 from fishfast.fisher.engine.uses import ExpertsUse, LinearUse, SumUse, Use
@@ -46,6 +47,16 @@ class LinearRule(Rule):
         if index == 1:
             return SumUse(rows, grad, self.shape(1))
         return LinearUse(rows, grad, x, self.transposed)
+
+    def add_to(
+        self, scores: Sequence[Tensor | None], x: Tensor, grad: Tensor, rows: Rows, add: Accumulator
+    ) -> None:
+        """Add both in one launch where the weight is scored."""
+        weight, bias = scores
+        if weight is None:
+            super().add_to(scores, x, grad, rows, add)
+        else:
+            LinearUse(rows, grad, x, self.transposed).add_to(weight, add, bias)
 
 
 class MatmulRule(LinearRule):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.rows import Rows
 from fishfast.fisher.engine.rules.rule import Rule
 from fishfast.fisher.engine.uses import SumUse, Use
@@ -63,6 +64,16 @@ class LayerNormRule(Rule):
         assert rstd is not None
         factors = (x.reshape(*lead, -1), mean, rstd)
         return SumUse(rows, grad.reshape(*lead, -1), self.shape(0), factors)
+
+    def add_to(
+        self, scores: Sequence[Tensor | None], x: Tensor, grad: Tensor, rows: Rows, add: Accumulator
+    ) -> None:
+        """Add both in one launch where the weight is scored."""
+        weight, bias = scores
+        if weight is None:
+            super().add_to(scores, x, grad, rows, add)
+        else:
+            self.use(0, x, grad, rows).add_to(weight, add, bias)  # type: ignore[call-arg]
 
 
 class RMSNormRule(LayerNormRule):

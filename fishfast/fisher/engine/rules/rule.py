@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.rows import Rows
 from fishfast.fisher.engine.uses import Use
 
@@ -71,6 +72,14 @@ class Rule(ABC):
     @abstractmethod
     def use(self, index: int, x: Tensor, grad: Tensor, rows: Rows) -> Use:
         """Return the use of operand ``index``."""
+
+    def add_to(
+        self, scores: Sequence[Tensor | None], x: Tensor, grad: Tensor, rows: Rows, add: Accumulator
+    ) -> None:
+        """Add the f's of all samples to the scores of weight and bias, None where there is none."""
+        for index, score in enumerate(scores):
+            if score is not None:
+                self.use(index, x, grad, rows).add_to(score, add)
 
     def shape(self, index: int) -> torch.Size:
         """Return the shape of operand ``index``."""
