@@ -79,8 +79,11 @@ def add_sum(
         return
     strides: list[int] = []
     for tensor in operands:  # what is broadcast has strides of 0
-        sizes = ((0, 0), (0, 0)) if tensor is None else zip(tensor.shape, tensor.stride())
-        strides += [stride if size > 1 else 0 for size, stride in sizes][:2]
+        if tensor is None:
+            strides += (0, 0)
+        else:
+            (rows, positions, _), (row, position, _) = tensor.shape, tensor.stride()
+            strides += (row if rows > 1 else 0, position if positions > 1 else 0)
     _backend.compiled().fisher_sum_cpu(
         [0 if t is None else t.data_ptr() for t in (score, bias, *operands)],
         tuple(grad.shape),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -39,15 +40,19 @@ class Accumulator:
         """Return the function that runs an operation where the score is."""
         found = self._functions.get((operation, score.device))
         if found is None:
-            module: Any = accumulate
-            backend = _backend.choose("fisher", score.device, self.backend)
-            if backend == "cpu":
-                module = accumulate_cpu
-            elif backend == "triton":
-                file = {"blocks": "linear"}.get(operation, operation)
-                module = importlib.import_module(f"fishfast.kernels.fisher_{file}")
-            found = self._functions[operation, score.device] = getattr(module, f"add_{operation}")
+            found = self._functions[operation, score.device] = self._found(score, operation)
         return found
+
+    def _found(self, score: Tensor, operation: str) -> Callable[..., None]:
+        backend = _backend.choose("fisher", score.device, self.backend)
+        if backend != "triton":
+            module: Any = accumulate_cpu if backend == "cpu" else accumulate
+            return getattr(module, f"add_{operation}")  # type: ignore[no-any-return]
+        if operation == "blocks":
+            parts = self._backend_of(score, "linear"), self._backend_of(score, "sum")
+            return functools.partial(accumulate.add_blocks_by, *parts)
+        module = importlib.import_module(f"fishfast.kernels.fisher_{operation}")
+        return getattr(module, f"add_{operation}")  # type: ignore[no-any-return]
 
     def add_linear(
         self, score: Tensor, grad: Tensor, x: Tensor, starts: Tensor | None, ends: Tensor | None
@@ -58,7 +63,7 @@ class Accumulator:
     def add_blocks(
         self, score: Tensor, bias: Tensor | None, grad: Tensor, x: Tensor, bias_of_x: bool
     ) -> None:
-        """Add the same for samples of one length, ``[B, T, *]``, and f of their sums to ``bias``."""
+        """Add the same for samples of one length, ``[B, T, *]``; f of their sums to ``bias``."""
         self._backend_of(score, "blocks")(score, bias, grad, x, bias_of_x, self.power)
 
     def add_sum(
