@@ -15,6 +15,7 @@ from fishfast._wrappers import unwrapped
 from fishfast.files.atomic import PathLike
 from fishfast.fisher.distributed import all_reduce_, announce_failure
 from fishfast.fisher.engine.accumulator import Accumulator
+from fishfast.fisher.engine.score_memory import zero_scores
 from fishfast.fisher.engine.scorer import Scorer
 from fishfast.fisher.heads import HEADS
 from fishfast.fisher.kind import FISHER_TYPES
@@ -148,8 +149,7 @@ def estimate_fisher(
     else:
         objective = over_labels(outputs_fn, head, fisher_type, power, num_label_samples, generator)
     with torch.inference_mode(False):  # tensors made here must be able to take part in autograd
-        # Of the parameters' strides, so that a view of a parameter is a view of its scores.
-        scores = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        scores = zero_scores(parameters)
         scorer = Scorer(model, objective, parameters, scores, Accumulator(power, backend))
         run = Run(scorer, fisher_type, num_samples)
         try:  # what fails in one process only, such as a folder, is announced to the others

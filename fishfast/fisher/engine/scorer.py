@@ -28,6 +28,7 @@ from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
 from fishfast.fisher.engine.rows import Layout, Rows, layouts
 from fishfast.fisher.engine.rules import BroadcastRule
+from fishfast.fisher.engine.score_memory import all_finite, buffers_of
 from fishfast.fisher.objective import Losses, Objective
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.score_files import WORK
@@ -88,6 +89,7 @@ class Scorer:
         self.interception = Interception(parameters)
         self.rows = RowFinder()
         self._plans = Plans(scores)
+        self._memory = buffers_of(scores.values())
         self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
         self.fallback: dict[str, str] = {}
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
@@ -127,7 +129,7 @@ class Scorer:
                     self._add_intercepted(row, counted, found, last=following is None)
                     self._add_fallback(row, counted)
                     row = following
-                if not self._is_finite():
+                if not all_finite(self._memory):
                     raise NotFinite(batch)
         self._note_roads(found)
         return counted, size
@@ -290,15 +292,6 @@ class Scorer:
                 for name, grad in zip(names, gradients(loss, inputs), strict=True):
                     if grad is not None:
                         self.scores[name] += self.add.f(grad.float())
-
-    def _is_finite(self) -> bool:
-        """Whether the scores are; a gradient that is not ends in them. Waits for the device."""
-        sums: dict[torch.device, list[Tensor]] = {}
-        for score in self.scores.values():
-            sums.setdefault(score.device, []).append(score.sum())
-        if all(bool(torch.stack(parts).isfinite().all()) for parts in sums.values()):
-            return True
-        return all(bool(score.isfinite().all()) for score in self.scores.values())
 
     def _note_roads(self, found: Audit) -> None:
         for node in found.calls:

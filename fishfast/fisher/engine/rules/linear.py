@@ -36,9 +36,8 @@ class LinearRule(Rule):
         """Return all dims but the features."""
         return x.dim() - 1
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return ``G W``, or ``G W^T`` for a transposed weight."""
-        weight = operands[0]
         assert weight is not None
         return grad @ (weight.T if self.transposed else weight).to(grad.dtype)
 
@@ -107,13 +106,12 @@ class GroupedRule(Rule):
         ends = self.options["offs"].tolist()
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return each expert's ``G W^T``; rows of no expert have none."""
-        weights = operands[0]
-        assert weights is not None
+        assert weight is not None
         grad_x = torch.zeros_like(x)
-        for places, weight in zip(self._parts(), weights, strict=True):
-            grad_x[places] = (grad[places] @ weight.T.to(grad.dtype)).to(x.dtype)
+        for places, own in zip(self._parts(), weight, strict=True):
+            grad_x[places] = (grad[places] @ own.T.to(grad.dtype)).to(x.dtype)
         return grad_x
 
     def use(self, index: int, x: Tensor, grad: Tensor, rows: Rows) -> Use:

@@ -41,13 +41,12 @@ class LayerNormRule(Rule):
         )
         return out
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return autograd's own gradient of the input."""
-        weight = operands[0]
         if self.in_fp32:
             x, grad = x.float(), grad.float()
             weight = None if weight is None else weight.float()
-        return torch.ops.aten.native_layer_norm_backward(
+        return torch.ops.aten.native_layer_norm_backward.default(
             grad, x, self.options["normalized_shape"], self.mean, self.rstd, weight, None,
             [True, False, False],
         )[0]  # fmt: skip
@@ -85,9 +84,9 @@ class RMSNormRule(LayerNormRule):
         """Run the call."""
         return F.rms_norm(x, weight=weight, **self.options)
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return autograd's own gradient of the input."""
-        return gradient_by_autograd(lambda x: self.forward(x, operands[0], None), x, grad)
+        return gradient_by_autograd(lambda x: self.forward(x, weight, None), x, grad)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         eps = self.options.get("eps")
@@ -110,9 +109,9 @@ class GroupNormRule(Rule):
         """Return one: the images."""
         return 1
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return autograd's own gradient of the input."""
-        return gradient_by_autograd(lambda x: self.forward(x, operands[0], None), x, grad)
+        return gradient_by_autograd(lambda x: self.forward(x, weight, None), x, grad)
 
     def _num_groups(self, x: Tensor) -> int:
         return self.options["num_groups"]
@@ -151,11 +150,11 @@ class BatchNormRule(GroupNormRule):
         rstd = torch.rsqrt(var + self.options.get("eps", 1e-5))
         return self.options["running_mean"].float().view(1, 1, -1), rstd.view(1, 1, -1)
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return ``G weight / sqrt(var + eps)``."""
         scale = self._statistics(x)[1].flatten()
-        if operands[0] is not None:
-            scale = scale * operands[0]
+        if weight is not None:
+            scale = scale * weight
         return grad * scale.view(1, -1, *[1] * (grad.dim() - 2)).to(grad.dtype)
 
 
@@ -190,9 +189,9 @@ class InstanceNormRule(BatchNormRule):
         kind = BatchNormRule if self._is_fixed() else GroupNormRule
         return kind._statistics(self, x)
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return autograd's own gradient of the input."""
-        return GroupNormRule.input_grad(self, x, operands, grad)
+        return GroupNormRule.input_grad(self, x, weight, grad)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Rule(ABC):
         return self.func(x, weight=weight, bias=bias, **self.options)
 
     @abstractmethod
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return the gradient of the input."""
 
     @abstractmethod
