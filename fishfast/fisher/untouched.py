@@ -54,6 +54,10 @@ def hooks_set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p._backward_hooks = own
 
 
+_NO_BUFFERS: dict[str, torch.Tensor | None] = {}
+_NO_NAMES: set[str] = set()
+
+
 class Buffers:
     """The buffers of a model as they are now, to be put back: objects, memory and values.
 
@@ -64,18 +68,25 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self._modules = [
             (module, dict(module._buffers), set(module._non_persistent_buffers_set))
+            if module._buffers else (module, _NO_BUFFERS, _NO_NAMES)
             for module in model.modules()
-        ]
-        buffers = {id(buffer): buffer for buffer in model.buffers()}
+        ]  # fmt: skip
+        buffers = {
+            id(buffer): buffer
+            for _, of_module, _ in self._modules
+            for buffer in of_module.values()
+            if buffer is not None
+        }
         self._values = [(buffer, buffer.data, buffer.clone()) for buffer in buffers.values()]
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Undo what was written, replaced, filled in, registered or resized since."""
         for module, buffers, non_persistent in self._modules:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set = non_persistent
+            if module._buffers or buffers:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+                module._non_persistent_buffers_set = set(non_persistent)
         for buffer, memory, value in self._values:
             if buffer.shape != memory.shape or buffer.data_ptr() != memory.data_ptr():
                 buffer.data = memory

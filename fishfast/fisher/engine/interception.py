@@ -35,10 +35,11 @@ from fishfast.fisher.engine.rules import (
     Rule,
     autocast_input,
 )
+from fishfast.fisher.engine.sites import NEVER, Sites, records
 
 __all__ = ["EAGER", "LAZY", "NEVER", "Interception", "SecondDerivativeError"]
 
-EAGER, LAZY, NEVER = 0, 1, 2
+EAGER, LAZY = 0, 1  # and NEVER
 _NONE: frozenset[str] = frozenset()
 
 # Called with an intercepted call's node, its input and the gradient of its output.
@@ -69,6 +70,7 @@ class Interception(TorchFunctionMode):
         self.levels = dict.fromkeys(parameters, EAGER)
         self.anchor = torch.zeros((), requires_grad=True)
         self.observe: Observer | None = None
+        self.sites = Sites(self.tracker)
         self.most_rows = 1
 
     def __torch_function__(
@@ -80,7 +82,9 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Run a call, intercepted where tracked parameters meet the data."""
         kwargs = kwargs or {}
-        if func in _OPENED and _records():
+        if func in RULES and (again := self.sites.rule(func, args, kwargs, self.levels)) is not None:
+            return self._run(*again)
+        if func in _OPENED and records():
             with self:
                 return _OPENED[func](*args, **kwargs)
         data, names = False, _NONE
@@ -99,7 +103,7 @@ class Interception(TorchFunctionMode):
                         sources = self._sources(tensor)
                         names |= sources
                         data |= not sources
-        if not names or not _records():
+        if not names or not records():
             return func(*args, **kwargs)
         if func is torch.autograd.grad and data:  # it would not find what the calls have cut off
             raise SecondDerivativeError
@@ -125,10 +129,13 @@ class Interception(TorchFunctionMode):
     ) -> Tensor | None:
         """Run a call with its operands intercepted; None if there is nothing to intercept yet."""
         rule = RULES[func].bind(func, args, kwargs) if func in RULES else None
+        if rule is not None and rule.only_data and self._sources(rule.x):
+            rule = None
         if rule is not None:
             operands = self._parameters(rule)
             if operands is not None and rule.x.requires_grad and not self._sources(rule.x):
-                return self._run(rule, operands)  # a layer in the midst of a model: nearly always
+                self.sites.remember(func, args, kwargs, rule, operands)
+                return self._run(rule, operands)
             x_comes_from_parameters = rule.x.requires_grad and bool(self._sources(rule.x))
             if self._all_tracked(rule):
                 constant = x_comes_from_parameters or not rule.x.requires_grad
@@ -236,11 +243,6 @@ class _Call(NamedTuple):
 
 # True where it cannot be asked.
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-
-
-def _records() -> bool:
-    """Whether autograd records calls, and outside vmap and torch.func, where it is left alone."""
-    return torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 # Python functions that hand themselves over whole, with calls inside that have rules: run from a

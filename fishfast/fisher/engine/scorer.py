@@ -91,6 +91,7 @@ class Scorer:
         self._plans = Plans(scores)
         self._memory = buffers_of(scores.values())
         self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
+        self._noted: Any = None  # what the roads follow from
         self.fallback: dict[str, str] = {}
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
         self.passes = dict.fromkeys(WORK, 0)
@@ -294,6 +295,11 @@ class Scorer:
                         self.scores[name] += self.add.f(grad.float())
 
     def _note_roads(self, found: Audit) -> None:
+        in_order = [node.rows is None or node.rows.layout is not None for node in found.calls]
+        facts = (found.plan, in_order, len(self.fallback), len(self.interception.tracker.pulled_back))
+        if facts == self._noted:
+            return
+        self._noted = facts
         for node in found.calls:
             for operand in node.operands:
                 if operand is None:

@@ -136,7 +136,7 @@ class SumUse(Use):
         rows: which sample each row belongs to.
         grad: ``[*lead, *positions, D]``, positions that all belong to the row.
         shape: the operand's shape, D elements.
-        factors: ``(x, mean, rstd)`` broadcastable to ``grad``, or None; mean may be None.
+        factors: ``(x, mean, rstd)`` broadcastable to ``grad``, or None; the last two may be None.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class SumUse(Use):
         rows: Rows,
         grad: Tensor,
         shape: torch.Size,
-        factors: tuple[Tensor, Tensor | None, Tensor] | None = None,
+        factors: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
     ) -> None:
         super().__init__(rows)
         self.grad, self.shape, self.factors = grad, shape, factors
@@ -161,24 +161,27 @@ class SumUse(Use):
                     add.add_samples(bias, grads)
             return
         x, mean, rstd = (
-            None if t is None else self._by_sample(t.expand_as(self.grad))
+            None if t is None else self._by_sample(self._of_all_rows(t))
             for t in self.factors or (None, None, None)
         )
-        flat = (None if t is None else t.view(-1) for t in (score, bias))
-        score, bias = flat
+        score, bias = (None if t is None else t.view(-1) for t in (score, bias))
         add.add_sum(score, grad, x, mean, rstd, bias)
 
     def _by_sample(self, tensor: Tensor) -> Tensor | None:
         blocks = self.rows.by_sample(tensor)
-        return None if blocks is None else blocks.flatten(1, -2)
+        return blocks if blocks is None or blocks.dim() == 3 else blocks.flatten(1, -2)
+
+    def _of_all_rows(self, factor: Tensor) -> Tensor:
+        same = factor.shape[:-1] == self.grad.shape[:-1]
+        return factor if same else factor.expand_as(self.grad)
 
     def grads(self) -> Iterator[Tensor]:
         """Yield all samples' gradients at once: operands of this kind are small."""
         values = self.grad.float()
         if self.factors is not None:
             x, mean, rstd = self.factors
-            centred = x.float() if mean is None else x.float() - mean
-            values = values * (centred * rstd)
+            factor = x.float() if mean is None else x.float() - mean
+            values = values * (factor if rstd is None else factor * rstd)
         inner = range(len(self.rows.lead), values.dim() - 1)
         values = values.sum(tuple(inner)) if inner else values
         yield self.rows.sums(values).view(-1, *self.shape)

@@ -36,6 +36,10 @@ class LinearRule(Rule):
         """Return all dims but the features."""
         return x.dim() - 1
 
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Run the call."""
+        return self.func(x, weight, bias)  # type: ignore[no-any-return]
+
     def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return ``G W``, or ``G W^T`` for a transposed weight."""
         assert weight is not None

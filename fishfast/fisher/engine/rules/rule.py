@@ -29,6 +29,8 @@ class Rule(ABC):
     arguments: tuple[str, ...] = ()
     # Whether autocast runs the function in its lower precision.
     in_low_precision = False
+    # Whether the input must be data: where it comes from parameters alone, both make an operand.
+    only_data = False
     # Whether `x` is kept after the call, apart from what autograd saves.
     keeps_input = False
 
@@ -46,12 +48,21 @@ class Rule(ABC):
         cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Rule | None:
         """Return the rule for a call, or None if it is not exact for it."""
-        call = {**dict(zip(cls.arguments, args, strict=False)), **kwargs}
+        call = dict(zip(cls.arguments, args, strict=False))
+        call.update(kwargs)
         x = call.get("input")
         if not isinstance(x, Tensor) or x.is_complex():
             return None
         rule = cls(func, call)
         return rule if rule.is_exact() else None
+
+    @classmethod
+    def weight_of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the weight among the arguments of a call."""
+        if "weight" in kwargs:
+            return kwargs["weight"]
+        place = cls.arguments.index("weight")
+        return args[place] if place < len(args) else None
 
     @abstractmethod
     def is_exact(self) -> bool:
