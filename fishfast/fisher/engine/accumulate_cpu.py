@@ -48,8 +48,9 @@ def add_blocks(
     if bias is not None and bias.stride(0) != 1:
         add_sum(None, x if bias_of_x else grad, None, None, None, power, bias)
         bias = None
-    grad, x = grad.float(), x.float()
-    (num_outputs, num_inputs), num_samples = score.shape, len(grad)
+    if grad.dtype is not torch.float32:
+        grad, x = grad.float(), x.float()
+    (num_outputs, num_inputs), num_samples = score.shape, grad.shape[0]
     _backend.compiled().fisher_linear_blocks_cpu(
         (score.data_ptr(), 0 if bias is None else bias.data_ptr(), grad.data_ptr(), x.data_ptr()),
         (num_outputs, num_inputs, num_samples, length, score.stride(0)),
@@ -70,23 +71,31 @@ def add_sum(
     bias: Tensor | None = None,
 ) -> None:
     """Add a norm's scale and shift, or a bias; see accumulate.py."""
-    operands = [None if t is None else t.float() for t in (grad, x, mean, rstd)]
-    grad, x, mean, rstd = operands  # type: ignore[assignment]  # the first is there
-    adjacent = all(t is None or t.stride(-1) == 1 for t in (score, bias, grad, x))
-    by_row = all(t is None or t.shape[-1] == 1 or t.stride(-1) == 0 for t in (mean, rstd))
-    if not adjacent or not by_row or not grad.numel():
+    lead, width = grad.shape[:2], grad.shape[2]
+    addresses = [0 if score is None else score.data_ptr(), 0 if bias is None else bias.data_ptr()]
+    strides: list[int] = []
+    held = []  # until the kernel has run
+    by_row = grad.numel() > 0 and all(t is None or t.stride(0) == 1 for t in (score, bias))
+    for tensor, column in ((grad, 1), (x, 1), (mean, 0), (rstd, 0)):
+        if tensor is None:
+            addresses.append(0)
+            strides += (0, 0)
+            continue
+        tensor = tensor if tensor.dtype is torch.float32 else tensor.float()
+        if tensor.shape[:2] != lead:
+            tensor = tensor.expand(*lead, tensor.shape[2])
+        held.append(tensor)
+        addresses.append(tensor.data_ptr())
+        *outer, inner = tensor.stride()
+        strides += outer
+        by_row &= inner == column or tensor.shape[2] == 1
+        by_row &= column == 0 or tensor.shape[2] == width
+    if not by_row:
         accumulate.add_sum(score, grad, x, mean, rstd, power, bias)
         return
-    strides: list[int] = []
-    for tensor in operands:  # what is broadcast has strides of 0
-        if tensor is None:
-            strides += (0, 0)
-        else:
-            (rows, positions, _), (row, position, _) = tensor.shape, tensor.stride()
-            strides += (row if rows > 1 else 0, position if positions > 1 else 0)
     _backend.compiled().fisher_sum_cpu(
-        [0 if t is None else t.data_ptr() for t in (score, bias, *operands)],
-        tuple(grad.shape),
+        addresses,
+        grad.shape,
         strides,
         power,
         _backend.num_threads(grad.numel() * _SUM_TIME),

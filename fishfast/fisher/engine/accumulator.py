@@ -76,9 +76,11 @@ class Accumulator:
         bias: Tensor | None = None,
     ) -> None:
         """Add ``sum_b f( sum_t grad (x - mean) rstd )`` to ``score [D]``, without x to ``bias``."""
-        factors = (None if t is None else _no_double(t) for t in (x, mean, rstd))
-        run = self._backend_of(score if bias is None else bias, "sum")  # type: ignore[arg-type]
-        run(score, _no_double(grad), *factors, self.power, bias)
+        if grad.dtype == torch.float64:
+            x, mean, rstd = (None if t is None else t.float() for t in (x, mean, rstd))
+            grad = grad.float()
+        run = self._backend_of(grad, "sum")
+        run(score, grad, x, mean, rstd, self.power, bias)
 
     def add_embedding(self, score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor) -> None:
         """Add the rows of equal tokens of a sample, f of their sum, to ``score [V, D]``."""

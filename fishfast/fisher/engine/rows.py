@@ -99,6 +99,14 @@ class Rows:
             return None
         return self.layout.by_sample(tensor, self.lead, self.num_samples)
 
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """Return ``[*lead, rest]`` as ``[B, T, rest]``; only where there is a layout."""
+        layout, lead = self.layout, self.lead
+        assert layout is not None
+        if len(lead) == 2 and layout.dim == 0 and layout.kind == "dim":  # nearly always
+            return tensor
+        return layout.by_sample(tensor, lead, self.num_samples)
+
     def packed(self, *tensors: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return tensors as ``[N, rest]`` with the rows of a sample side by side.
 

@@ -54,12 +54,15 @@ class LinearRule(Rule):
     def add_to(
         self, scores: Sequence[Tensor | None], x: Tensor, grad: Tensor, rows: Rows, add: Accumulator
     ) -> None:
-        """Add both in one launch where the weight is scored."""
+        """Add both in one launch where the rows have an order."""
         weight, bias = scores
-        if weight is None:
+        alike = grad.dtype is x.dtype and grad.dtype is not torch.float64
+        if weight is None or rows.layout is None or not alike:
             super().add_to(scores, x, grad, rows, add)
-        else:
-            LinearUse(rows, grad, x, self.transposed).add_to(weight, add, bias)
+            return
+        grad, x = rows.blocks(grad), rows.blocks(x)
+        left, right = (x, grad) if self.transposed else (grad, x)
+        add.add_blocks(weight, bias, left, right, self.transposed)
 
 
 class MatmulRule(LinearRule):

@@ -52,7 +52,8 @@ class LayerNormRule(Rule):
         )[0]  # fmt: skip
 
     def _statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        return self.mean.float(), self.rstd.float()
+        """Return mean and 1 / standard deviation, ``[*rows, 1]``."""
+        return self.mean, self.rstd
 
     def use(self, index: int, x: Tensor, grad: Tensor, rows: Rows) -> Use:
         """Return ``sum_t G xhat`` for the weight, ``sum_t G`` for the bias."""
@@ -67,12 +68,14 @@ class LayerNormRule(Rule):
     def add_to(
         self, scores: Sequence[Tensor | None], x: Tensor, grad: Tensor, rows: Rows, add: Accumulator
     ) -> None:
-        """Add both in one launch where the weight is scored."""
+        """Add both in one launch where the rows have an order."""
         weight, bias = scores
-        if weight is None:
+        if weight is None or weight.dim() > 1 or rows.layout is None:
             super().add_to(scores, x, grad, rows, add)
-        else:
-            self.use(0, x, grad, rows).add_to(weight, add, bias)  # type: ignore[call-arg]
+            return
+        mean, rstd = self._statistics(x)
+        mean = None if mean is None else rows.blocks(mean)
+        add.add_sum(weight, rows.blocks(grad), rows.blocks(x), mean, rows.blocks(rstd), bias)
 
 
 class RMSNormRule(LayerNormRule):
@@ -93,7 +96,7 @@ class RMSNormRule(LayerNormRule):
         # torch's default is that of the precision in which it computes.
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
         dims = tuple(range(self.num_lead(x), x.dim()))
-        return None, torch.rsqrt(x.float().square().mean(dims) + eps)
+        return None, torch.rsqrt(x.float().square().mean(dims, keepdim=True) + eps)
 
 
 class GroupNormRule(Rule):

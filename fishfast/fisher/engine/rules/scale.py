@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.rows import Rows
 from fishfast.fisher.engine.rules.rule import Rule
 from fishfast.fisher.engine.uses import SumUse, Use
@@ -66,6 +67,16 @@ class ScaleRule(Rule):
     def use(self, index: int, x: Tensor, grad: Tensor, rows: Rows) -> Use:
         """Return ``sum_t G x``."""
         return SumUse(rows, grad, self.shape(0), (x, None, None))
+
+    def add_to(
+        self, scores: Sequence[Tensor | None], x: Tensor, grad: Tensor, rows: Rows, add: Accumulator
+    ) -> None:
+        """Add the scores."""
+        (weight, _) = scores
+        if weight is None or rows.layout is None:
+            super().add_to(scores, x, grad, rows, add)
+        else:
+            add.add_sum(weight, rows.blocks(grad), rows.blocks(x), None, None)
 
 
 SCALE_RULES: dict[Callable[..., Any], type[Rule]] = {
