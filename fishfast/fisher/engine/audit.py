@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.operands import Operand, Tracker, disjoint_groups
-from fishfast.fisher.engine.row_order import Consumer, signed_dim
+from fishfast.fisher.engine.row_order import Consumer, is_python, signed_dim
 
 __all__ = ["Audit", "audit"]
 
@@ -31,6 +31,12 @@ _CUTTING = {
     "SelectBackward0": ("_saved_index",), "SliceBackward0": ("_saved_start", "_saved_end"),
     "RollBackward0": ("_saved_shifts",),
 }  # fmt: skip
+# Calls whose dims a model may choose by its data.
+_TURNING = {
+    "PermuteBackward0": ("_saved_dims",), "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
+    "FlipBackward0": ("_saved_dims",), "StackBackward0": ("_saved_dim",),
+    "CatBackward0": ("_saved_dim",), "UnbindBackward0": ("_saved_dim",),
+}  # fmt: skip
 
 # Uses of overlapping parts of parameters: nodes, and which of their operands.
 Group = list[tuple[Any, int]]
@@ -44,20 +50,27 @@ class Audit(NamedTuple):
         foreign: name -> what uses it, for parameters that are used by something else too.
         groups: node -> for each operand the uses, itself among them, that are summed with it.
         moved: the calls whose rows tensors of indices put elsewhere before the losses.
-        structure: the same for graphs of the same calls in the same order, whatever the sizes, that
-            cut the samples' dim in the same places.
+        python: nodes whose gradients pass through Python (a hook, a custom function), which need
+            not treat each sample by itself.
+        unproven: the calls that such nodes depend on.
+        structure: the same for graphs of the same calls that feed each other in the same way,
+            whatever the sizes, and cut the samples' dim in the same places.
         consumers: node -> what uses its outputs.
+        others: leaves with a gradient that are no tracked parameter.
     """
 
     calls: list[Any]
     foreign: dict[str, str]
     groups: dict[Any, list[Group | None]]
     moved: set[Any]
+    python: list[Any]
+    unproven: set[Any]
     structure: int
     consumers: dict[Any, list[Consumer]]
+    others: list[Tensor]
 
 
-def audit(losses: Tensor, tracker: Tracker) -> Audit:
+def audit(losses: Tensor, tracker: Tracker, hooked: list[Any]) -> Audit:
     """Walk the graph from the losses to every tracked parameter.
 
     Intercepted calls have no edge to their operands: an edge that ends at a parameter is a use that
@@ -66,6 +79,7 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
     Args:
         losses: of a forward under the interception.
         tracker: the tracked parameters.
+        hooked: nodes whose outputs have hooks.
 
     Returns:
         What was found.
@@ -75,18 +89,23 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
     """
     calls: list[Any] = []
     foreign: dict[str, str] = {}
-    walked: list[Any] = []
+    walked: list[Any] = [losses.output_nr]
     movers: list[Any] = []
+    python: list[Any] = []
     consumers: dict[Any, list[Consumer]] = {}
-    seen, stack = {losses.grad_fn}, [losses.grad_fn]
+    others: list[Tensor] = []
+    numbers, stack = {losses.grad_fn: 0}, [losses.grad_fn]
     while stack:
         node: Any = stack.pop()
-        walked.append(node.name())
-        if node.name() in _CUTTING:
+        kind = node.name()
+        walked.append(kind)
+        if kind in _CUTTING:
             walked.append(_cut(node, len(losses)))
+        elif kind in _TURNING:
+            walked += [getattr(node, name) for name in _TURNING[kind]]
         if _moves(node, len(losses)):
             movers.append(node)
-        if node.name() == "CheckpointFunctionBackward":
+        if kind == "CheckpointFunctionBackward":
             raise ValueError(
                 "activation checkpoints must not be reentrant: the parameters inside one are "
                 "hidden from the audit; got a checkpoint function of another library; use "
@@ -95,24 +114,34 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
         if hasattr(node, "rule"):
             calls.append(node)
             walked += [type(node.rule), *(operand and operand.names for operand in node.operands)]
+        elif is_python(node):
+            python.append(node)
         for position, (parent, output) in enumerate(node.next_functions):
             if parent is None:
+                walked.append(None)
                 continue
             consumers.setdefault(parent, []).append(Consumer(node, position, output))
-            name = tracker.name(getattr(parent, "variable", None))
+            walked += (numbers.setdefault(parent, len(numbers)), output)
+            variable = getattr(parent, "variable", None)
+            name = tracker.name(variable)
             if name is not None:
                 foreign.setdefault(name, _call_name(node))
-            elif parent not in seen:
-                seen.add(parent)
+                walked.append(name)
+            elif len(consumers[parent]) == 1:
                 stack.append(parent)
+                if variable is not None:
+                    others.append(variable)
     uses = [
         (node, i, operand)
         for node in calls
         for i, operand in enumerate(node.operands)
         if operand is not None
     ]
-    groups, structure = _groups(calls, uses), hash(tuple(walked))
-    return Audit(calls, foreign, groups, _calls_above(movers), structure, consumers)
+    python += [node for node in hooked if node in numbers]
+    return Audit(
+        calls, foreign, _groups(calls, uses), _calls_above(movers), python,
+        _calls_above(python), hash(tuple(walked)), consumers, others,
+    )  # fmt: skip
 
 
 def _moves(node: Any, num_samples: int) -> bool:

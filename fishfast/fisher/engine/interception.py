@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fishfast.fisher.engine.hooks import TensorHook, TensorHooks
 from fishfast.fisher.engine.operands import Operand, Tracker, tensors_in
 from fishfast.fisher.engine.rules import (
     BROADCASTING,
@@ -35,7 +36,7 @@ from fishfast.fisher.engine.rules import (
     autocast_input,
 )
 
-__all__ = ["EAGER", "LAZY", "NEVER", "Interception", "SecondDerivativeError"]
+__all__ = ["EAGER", "LAZY", "NEVER", "Interception", "Observer", "SecondDerivativeError"]
 
 EAGER, LAZY, NEVER = 0, 1, 2
 _NONE: frozenset[str] = frozenset()
@@ -45,7 +46,7 @@ Observer = Callable[[Any, Any, Tensor], None]
 
 
 class SecondDerivativeError(RuntimeError):
-    """A loss takes a gradient with create_graph=True, and no rule has a second derivative."""
+    """A loss or a hook takes a gradient that a cut graph, or a rule, does not have."""
 
 
 class Interception(TorchFunctionMode):
@@ -59,6 +60,9 @@ class Interception(TorchFunctionMode):
         levels: how eagerly each one is caught, by name.
         anchor: a leaf that every intercepted call depends on; a backward to it runs them all.
         observe: called in the backward of every intercepted call.
+        task: autograd's number of that backward; one inside it (a hook that calls autograd.grad)
+            has another.
+        hooks: those that the forward has put on its tensors.
         most_rows: the largest dim 0 that an intercepted call had since this was set to 1.
     """
 
@@ -68,6 +72,8 @@ class Interception(TorchFunctionMode):
         self.levels = dict.fromkeys(parameters, EAGER)
         self.anchor = torch.zeros((), requires_grad=True)
         self.observe: Observer | None = None
+        self.task = -1
+        self.hooks = TensorHooks()
         self.most_rows = 1
 
     def __torch_function__(
@@ -79,6 +85,10 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Run a call, intercepted where tracked parameters meet the data."""
         kwargs = kwargs or {}
+        if func is torch.Tensor.register_hook:
+            return self._hooked(*args, **kwargs)
+        if func is torch.autograd.grad and self.task != -1:  # in a hook: the outer one is recorded
+            return self._grad_in_backward(args, kwargs)
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)  # in vmap or torch.func.grad, autograd is left alone
         if func in _OPENED:
@@ -108,6 +118,17 @@ class Interception(TorchFunctionMode):
         self.tracker.mark(result, frozenset() if data else names)
         return result
 
+    def _hooked(self, tensor: Tensor, hook: Callable[[Tensor], Any]) -> TensorHook:
+        if self.tracker.name(tensor) is not None:  # hooks on parameters do not run while scoring
+            return TensorHook(hook)
+        return self.hooks.register(tensor, hook)
+
+    def _grad_in_backward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+        if any(self._sources(tensor) for tensor in tensors_in(inputs)):
+            raise SecondDerivativeError
+        return torch.autograd.grad(*args, **kwargs)
+
     def _sources(self, tensor: Tensor) -> frozenset[str]:
         """Return the parameters that a tensor is computed from, if from nothing else.
 
@@ -130,12 +151,13 @@ class Interception(TorchFunctionMode):
                 if constant and (self._is_lazy(rule.operands) or for_the_whole_batch):
                     return None
                 if x_comes_from_parameters:
-                    rule.x = self._expanded(rule.x, rule.x.shape)
-                return self._run(rule)
+                    rule.x = self._expanded(rule.x, rule.x.shape, data)
+                return self._run(rule, data)
             if not x_comes_from_parameters:
                 return None
         if func in _MATMULS and len(args) == 2 and self._is_weight_from_the_left(*args):
-            return self._run(LinearRule(F.linear, {"input": args[1].mT, "weight": args[0]})).mT
+            rule = LinearRule(F.linear, {"input": args[1].mT, "weight": args[0]})
+            return self._run(rule, data).mT
         if _writes_to(func, args, self.tracker):
             return None
         shape = _result_shape(func, args, kwargs)
@@ -160,7 +182,7 @@ class Interception(TorchFunctionMode):
             if not self._sources(value) or len(target) == 0 or meets_nothing:
                 return value
             reached = True
-            return self._expanded(value, target)
+            return self._expanded(value, target, data)
 
         args = tuple(map(intercepted, args))
         kwargs = {key: intercepted(value) for key, value in kwargs.items()}
@@ -184,10 +206,11 @@ class Interception(TorchFunctionMode):
         learned = [t for t in rule.operands if t is not None and t.requires_grad]
         return bool(learned) and all(self._sources(t) for t in learned)
 
-    def _expanded(self, operand: Tensor, shape: torch.Size) -> Tensor:
-        return self._run(BroadcastRule(operand, shape))
+    def _expanded(self, operand: Tensor, shape: torch.Size, data: bool) -> Tensor:
+        return self._run(BroadcastRule(operand, shape), data)
 
-    def _run(self, rule: Rule) -> Tensor:
+    def _run(self, rule: Rule, data: bool) -> Tensor:
+        rule.meets_data = data
         operands = [
             self.tracker.operand(t) if t is not None and t.requires_grad else None
             for t in rule.operands
@@ -279,7 +302,10 @@ class _InterceptedCall(torch.autograd.Function):
             raise SecondDerivativeError
         x, *operands = ctx.saved_tensors  # a checkpointed layer runs again here, intercepted
         with torch._C.DisableTorchFunction():  # the mode has nothing to say to what follows
-            if ctx.interception.observe is not None:
+            outer = torch._C._current_graph_task_id() == ctx.interception.task
+            if ctx.interception.observe is not None and outer:
                 ctx.interception.observe(ctx, x, grad)
+            # Where an inner backward adds to leaves, such as parameters, it adds to this one too.
+            grad_anchor = None if outer else torch.zeros(())
             grad_x = ctx.rule.input_grad(x, operands, grad) if ctx.needs_input_grad[4] else None
-        return None, None, None, None, grad_x, None, None
+        return None, None, None, grad_anchor, grad_x, None, None

@@ -53,13 +53,16 @@ class Recorder:
                 f"the layer of {names[0]!r} runs again inside the backward of a custom autograd "
                 "function, where its gradients cannot be told apart; use torch.utils.checkpoint"
             )
+        wanted = [
+            group is not None and (self.only is None or id(group) in self.only) for group in groups
+        ]
         if node.rows is None:
-            if bool(grad.any()):
+            if any(wanted) and bool(grad.any()):
                 self.unresolved.append(node)
-                self._skipped.update(id(group) for group in groups)
+                self.leave_out(node)
             return
         for i, group in enumerate(groups):
-            if group is None or (self.only is not None and id(group) not in self.only):
+            if group is None or not wanted[i]:
                 continue
             operand, use = node.operands[i], node.rule.use(i, x, grad, node.rows)
             if len(group) == 1:
@@ -73,8 +76,14 @@ class Recorder:
             if len(waiting) == len(group) and id(group) not in self._skipped:
                 self._add(self._waiting.pop(id(group)))
 
+    def leave_out(self, node: Any) -> None:
+        """Add nothing of a call, and of the uses that are summed with its own."""
+        self._skipped.update(id(group) for group in self.found.groups[node])
+
     def _tokens_of_tied(self, node: Any, group: Group) -> tuple[Tensor, Tensor] | None:
         """Return tokens and samples if all other uses of a head's weight are embeddings."""
+        if any(other in self.found.unproven for other, _ in group):
+            return None  # it may be left out, when the head's part is in the scores
         looked_up = []
         for other, j in group:
             if other is node:
