@@ -324,7 +324,8 @@ class Scorer:
             if not isinstance(node.rule, BroadcastRule) and layouts(node.lead, len(losses))
             and node not in found.unproven
         ]  # fmt: skip
-        if telling and len(several) == len(reached):
+        told_apart = any(node.rows is not None for node in found.calls if node not in several)
+        if telling and len(several) == len(reached) and not told_apart:
             raise ValueError(_COUPLED.format(_names(telling)[0]))
         return several
 
