@@ -123,6 +123,10 @@ class OwnRandomState:
         for index, state in zip(self._cuda, states[1:], strict=True):
             torch.cuda.set_rng_state(state, index)
 
+    def start_over(self) -> None:
+        """Go back to the state of the last entry."""
+        self._set(self._own)
+
     def __enter__(self) -> None:
         self._outer = self._get()
         self._set(self._own)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.operands import Tracker
-from fishfast.fisher.engine.plan import Plan, Plans
-from fishfast.fisher.engine.row_order import Consumer, signed_dim
+from fishfast.fisher.engine.plan import Group, Plan, Plans
+from fishfast.fisher.engine.row_order import Consumer, is_python, signed_dim
 
 __all__ = ["Audit", "audit"]
 
@@ -33,6 +33,12 @@ _CUTTING = {
     "SelectBackward0": ("_saved_index",), "SliceBackward0": ("_saved_start", "_saved_end"),
     "RollBackward0": ("_saved_shifts",),
 }  # fmt: skip
+# Calls whose dims a model may choose by its data.
+_TURNING = {
+    "PermuteBackward0": ("_saved_dims",), "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
+    "FlipBackward0": ("_saved_dims",), "StackBackward0": ("_saved_dim",),
+    "CatBackward0": ("_saved_dim",), "UnbindBackward0": ("_saved_dim",),
+}  # fmt: skip
 
 
 class Audit:
@@ -42,23 +48,36 @@ class Audit:
         calls: the nodes of the intercepted calls.
         foreign: name -> what uses it, for parameters that are used by something else too.
         plan: where the gradients of the calls go.
-        structure: the same for graphs of the same calls, joined in the same way, whatever the
-            sizes, that cut the samples' dim in the same places.
-        nodes: all nodes of the graph.
+        structure: the same for graphs of the same calls that feed each other in the same way,
+            whatever the sizes, and cut the samples' dim in the same places.
+        nodes: all nodes of the graph, but for its leaves.
         movers: those where tensors of indices put rows elsewhere.
+        python: those whose gradients pass through Python (a hook, a custom function), which need
+            not treat each sample by itself.
+        others: leaves with a gradient that are no tracked parameter.
     """
 
     def __init__(
         self, calls: list[Any], foreign: dict[str, str], plan: Plan, structure: int,
-        nodes: list[Any], movers: list[Any],
+        nodes: list[Any], movers: list[Any], python: list[Any], others: list[Tensor],
     ) -> None:  # fmt: skip
         self.calls, self.foreign, self.plan, self.structure = calls, foreign, plan, structure
-        self.nodes, self.movers = nodes, movers
+        self.nodes, self.movers, self.python, self.others = nodes, movers, python, others
+
+    @functools.cached_property
+    def groups(self) -> dict[Any, list[Group | None]]:
+        """Node -> for each operand the uses, itself among them, that are summed with it."""
+        return dict(zip(self.calls, self.plan.groups, strict=True))
 
     @functools.cached_property
     def moved(self) -> set[Any]:
         """The calls whose rows tensors of indices put elsewhere before the losses."""
         return _calls_above(self.movers)
+
+    @functools.cached_property
+    def unproven(self) -> set[Any]:
+        """The calls that nodes in Python depend on."""
+        return _calls_above(self.python)
 
     @functools.cached_property
     def consumers(self) -> dict[Any, list[Consumer]]:
@@ -79,27 +98,32 @@ class _Kind(NamedTuple):
         is_call: whether they are intercepted calls.
         is_asked: whether nodes of the kind differ in more than their inputs.
         is_leaf: whether they end at a parameter or another leaf.
+        is_python: whether gradients pass through Python, in a function that is none of ours.
     """
 
     name: str
     is_call: bool
     is_asked: bool
     is_leaf: bool
+    is_python: bool
 
 
 _KINDS: dict[type, _Kind] = {}
+_REENTRANT = "CheckpointFunctionBackward"
 
 
 def _kind(node: Any) -> _Kind:
     name = node.name()
-    asked = name in _MOVING or name in _CUTTING or name == "CheckpointFunctionBackward"
-    kind = _Kind(name, hasattr(node, "rule"), asked, hasattr(node, "variable"))
+    asked = name in _MOVING or name in _CUTTING or name in _TURNING or name == _REENTRANT
+    is_call = hasattr(node, "rule")
+    python = is_python(node) and not is_call
+    kind = _Kind(name, is_call, asked, hasattr(node, "variable"), python)
     if type(node).__name__ == name:  # nodes of other libraries share one type
         _KINDS[type(node)] = kind
     return kind
 
 
-def audit(losses: Tensor, tracker: Tracker, plans: Plans) -> Audit:
+def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> Audit:
     """Walk the graph from the losses to every tracked parameter.
 
     Intercepted calls have no edge to their operands: an edge that ends at a parameter is a use that
@@ -108,6 +132,7 @@ def audit(losses: Tensor, tracker: Tracker, plans: Plans) -> Audit:
     Args:
         losses: of a forward under the interception.
         tracker: the tracked parameters.
+        hooked: nodes whose outputs have hooks.
         plans: those of the graphs seen before.
 
     Returns:
@@ -118,9 +143,11 @@ def audit(losses: Tensor, tracker: Tracker, plans: Plans) -> Audit:
     """
     calls: list[Any] = []
     foreign: dict[str, str] = {}
-    walked: list[Any] = []
+    walked: list[Any] = [losses.output_nr]
     movers: list[Any] = []
+    python: list[Any] = []
     nodes: list[Any] = []
+    others: list[Tensor] = []
     first: Any = losses.grad_fn
     numbers = {first: 0}  # in the order in which the walk meets the nodes
     stack, num_samples = [first], len(losses)
@@ -137,6 +164,8 @@ def audit(losses: Tensor, tracker: Tracker, plans: Plans) -> Audit:
             walked.append(_answer(kind.name, node, num_samples))
             if _moves(kind.name, node, num_samples):
                 movers.append(node)
+        elif kind.is_python:
+            python.append(node)
         for parent, output in node.next_functions:
             if parent is None:
                 walked.append(None)
@@ -149,22 +178,27 @@ def audit(losses: Tensor, tracker: Tracker, plans: Plans) -> Audit:
                     walked.append(name)
                     if name is not None:
                         foreign[name] = _call_name(node)
+                    else:
+                        others.append(parent.variable)
                 else:
                     stack.append(parent)
             walked += (number, output)
     structure = hash(tuple(walked))
     plan = plans.of(structure, [node.operands for node in calls])
-    return Audit(calls, foreign, plan, structure, nodes, movers)
+    python += [node for node in hooked if node in numbers]
+    return Audit(calls, foreign, plan, structure, nodes, movers, python, others)
 
 
 def _answer(name: str, node: Any, num_samples: int) -> Any:
     """Return what tells this node from others of its kind."""
-    if name == "CheckpointFunctionBackward":
+    if name == _REENTRANT:
         raise ValueError(
             "activation checkpoints must not be reentrant: the parameters inside one are "
             "hidden from the audit; got a checkpoint function of another library; use "
             "torch.utils.checkpoint"
         )
+    if name in _TURNING:
+        return str([getattr(node, saved) for saved in _TURNING[name]])
     return _cut(node, num_samples) if name in _CUTTING else None
 
 

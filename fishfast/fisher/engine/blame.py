@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishfast.fisher.batch_copy import copied_batch
 from fishfast.fisher.engine.gradients import gradients
 from fishfast.fisher.engine.interception import NEVER
 from fishfast.fisher.engine.scorer import Scorer
@@ -39,7 +40,7 @@ def _culprit(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
     The loss of another sample reaches such a row too, with 0 times infinity.
     """
     losses, found = scorer.forward(batch)
-    scorer.rows.known(found, len(losses.probe))
+    scorer.rows.known(found, losses.probe)
     culprits: list[tuple[int, str]] = []
 
     def look(node: Any, x: Tensor | None, grad: Tensor) -> None:
@@ -58,7 +59,7 @@ def _culprit(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
 def _culprit_alone(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
     """Return the sample and the parameter where autograd's own gradient is not finite."""
     scorer.interception.levels.update(dict.fromkeys(scorer.parameters, NEVER))
-    losses = scorer.objective(scorer.model, batch).probe
+    losses = scorer.objective(scorer.model, copied_batch(batch)[0]).probe
     for index, loss in enumerate(losses):
         grads = gradients(loss, list(scorer.parameters.values()))
         for name, grad in zip(scorer.parameters, grads, strict=True):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fishfast.fisher.engine.hooks import TensorHook, TensorHooks
 from fishfast.fisher.engine.operands import Operand, Tracker, tensors_in
 from fishfast.fisher.engine.rules import (
     BROADCASTING,
@@ -37,7 +38,7 @@ from fishfast.fisher.engine.rules import (
 )
 from fishfast.fisher.engine.sites import NEVER, Sites, records
 
-__all__ = ["EAGER", "LAZY", "NEVER", "Interception", "SecondDerivativeError"]
+__all__ = ["EAGER", "LAZY", "NEVER", "Interception", "Observer", "SecondDerivativeError"]
 
 EAGER, LAZY = 0, 1  # and NEVER
 _NONE: frozenset[str] = frozenset()
@@ -47,7 +48,7 @@ Observer = Callable[[Any, Any, Tensor], None]
 
 
 class SecondDerivativeError(RuntimeError):
-    """A loss takes a gradient with create_graph=True, and no rule has a second derivative."""
+    """A loss or a hook takes a gradient that a cut graph, or a rule, does not have."""
 
 
 class Interception(TorchFunctionMode):
@@ -61,6 +62,9 @@ class Interception(TorchFunctionMode):
         levels: how eagerly each one is caught, by name.
         anchor: a leaf that every intercepted call depends on; a backward to it runs them all.
         observe: called in the backward of every intercepted call.
+        task: autograd's number of that backward; one inside it (a hook that calls autograd.grad)
+            has another.
+        hooks: those that the forward has put on its tensors.
         most_rows: the largest dim 0 that an intercepted call had since this was set to 1.
     """
 
@@ -71,6 +75,8 @@ class Interception(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self.observe: Observer | None = None
         self.sites = Sites(self.tracker)
+        self.task = -1
+        self.hooks = TensorHooks()
         self.most_rows = 1
 
     def __torch_function__(
@@ -82,8 +88,15 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Run a call, intercepted where tracked parameters meet the data."""
         kwargs = kwargs or {}
-        if func in RULES and (again := self.sites.rule(func, args, kwargs, self.levels)) is not None:
-            return self._run(*again)
+        if (
+            func in RULES
+            and (again := self.sites.rule(func, args, kwargs, self.levels)) is not None
+        ):
+            return self._run(again[0], True, again[1])
+        if func is torch.Tensor.register_hook:
+            return self._hooked(*args, **kwargs)
+        if func is torch.autograd.grad and self.task != -1:  # in a hook: the outer one is recorded
+            return self._grad_in_backward(args, kwargs)
         if func in _OPENED and records():
             with self:
                 return _OPENED[func](*args, **kwargs)
@@ -114,6 +127,17 @@ class Interception(TorchFunctionMode):
         self.tracker.mark(result, frozenset() if data else names)
         return result
 
+    def _hooked(self, tensor: Tensor, hook: Callable[[Tensor], Any]) -> TensorHook:
+        if self.tracker.name(tensor) is not None:  # hooks on parameters do not run while scoring
+            return TensorHook(hook)
+        return self.hooks.register(tensor, hook)
+
+    def _grad_in_backward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+        if any(self._sources(tensor) for tensor in tensors_in(inputs)):
+            raise SecondDerivativeError
+        return torch.autograd.grad(*args, **kwargs)
+
     def _sources(self, tensor: Tensor) -> frozenset[str]:
         """Return the parameters that a tensor is computed from, if from nothing else.
 
@@ -135,7 +159,7 @@ class Interception(TorchFunctionMode):
             operands = self._parameters(rule)
             if operands is not None and rule.x.requires_grad and not self._sources(rule.x):
                 self.sites.remember(func, args, kwargs, rule, operands)
-                return self._run(rule, operands)
+                return self._run(rule, True, operands)
             x_comes_from_parameters = rule.x.requires_grad and bool(self._sources(rule.x))
             if self._all_tracked(rule):
                 constant = x_comes_from_parameters or not rule.x.requires_grad
@@ -144,12 +168,13 @@ class Interception(TorchFunctionMode):
                 if constant and (self._is_lazy(rule.operands) or for_the_whole_batch):
                     return None
                 if x_comes_from_parameters:
-                    rule.x = self._expanded(rule.x, rule.x.shape)
-                return self._run(rule)
+                    rule.x = self._expanded(rule.x, rule.x.shape, data)
+                return self._run(rule, data)
             if not x_comes_from_parameters:
                 return None
         if func in _MATMULS and len(args) == 2 and self._is_weight_from_the_left(*args):
-            return self._run(LinearRule(F.linear, {"input": args[1].mT, "weight": args[0]})).mT
+            rule = LinearRule(F.linear, {"input": args[1].mT, "weight": args[0]})
+            return self._run(rule, data).mT
         if _writes_to(func, args, self.tracker):
             return None
         shape = _result_shape(func, args, kwargs)
@@ -174,7 +199,7 @@ class Interception(TorchFunctionMode):
             if not self._sources(value) or len(target) == 0 or meets_nothing:
                 return value
             reached = True
-            return self._expanded(value, target)
+            return self._expanded(value, target, data)
 
         args = tuple(map(intercepted, args))
         kwargs = {key: intercepted(value) for key, value in kwargs.items()}
@@ -198,8 +223,8 @@ class Interception(TorchFunctionMode):
         learned = [t for t in rule.operands if t is not None and t.requires_grad]
         return bool(learned) and all(self._sources(t) for t in learned)
 
-    def _expanded(self, operand: Tensor, shape: torch.Size) -> Tensor:
-        return self._run(BroadcastRule(operand, shape))
+    def _expanded(self, operand: Tensor, shape: torch.Size, data: bool) -> Tensor:
+        return self._run(BroadcastRule(operand, shape), data)
 
     def _parameters(self, rule: Rule) -> list[Operand | None] | None:
         """Return the operands of a call whose weight and bias are parameters as they are."""
@@ -214,7 +239,8 @@ class Interception(TorchFunctionMode):
             operands.append(operand)
         return operands if any(operands) else None
 
-    def _run(self, rule: Rule, operands: list[Operand | None] | None = None) -> Tensor:
+    def _run(self, rule: Rule, data: bool, operands: list[Operand | None] | None = None) -> Tensor:
+        rule.meets_data = data
         if operands is None:
             operands = [
                 self.tracker.operand(t) if t is not None and t.requires_grad else None
@@ -320,10 +346,13 @@ class _InterceptedCall(torch.autograd.Function):
             raise SecondDerivativeError
         x, weight = ctx.saved_tensors  # a checkpointed layer runs again here, intercepted
         with torch._C.DisableTorchFunction():  # the mode has nothing to say to what follows
-            if ctx.interception.observe is not None:
+            outer = torch._C._current_graph_task_id() == ctx.interception.task
+            if ctx.interception.observe is not None and outer:
                 ctx.interception.observe(ctx, x, grad)
+            # Where an inner backward adds to leaves, such as parameters, it adds to this one too.
+            grad_anchor = None if outer else torch.zeros(())
             grad_x = ctx.rule.input_grad(x, weight, grad) if ctx.needs_input_grad[2] else None
-        return None, None, grad_x
+        return None, grad_anchor, grad_x
 
 
 # What Function.apply calls after asking for vmap and for default arguments, which are not here.

@@ -9,10 +9,10 @@ Where a row is neither (it mixes samples, or its gradient is too small to be exa
 half of the losses and of the other half decide, one pair for each bit of the sample's number.
 
 What is learned is a `Layout` for each call of a graph of this structure. Which loss a row belongs
-to depends on what lies between the call and the losses: it is trusted in later batches if the sizes
-say the same, no tensor of indices moves rows there, and rows of several samples in one dim stay in
-order (row_order.py). Other calls (experts, sorted or packed sequences) are looked at in every
-batch, and all calls again after 4, 16, 64, ... batches.
+to depends on what lies between the call and the losses: it is trusted in later batches if the
+operations there say the same (row_order.py), no tensor of indices moves rows, and no gradient
+passes through Python. Other calls (experts, sorted or packed sequences, learned prototypes) are
+looked at in every batch, and all calls again after 4, 16, 64, ... batches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.audit import Audit
-from fishfast.fisher.engine.row_order import stays_in_order
+from fishfast.fisher.engine.row_order import sample_steps
 from fishfast.fisher.engine.rows import NO_GRADIENT, SEVERAL, Layout, Rows, layouts
 
 __all__ = ["RowFinder"]
@@ -37,6 +37,8 @@ Backward = Callable[[Tensor], None]
 _BASE = 16
 # Exponent for the largest loss: other losses would have to be 2**34 times larger to hide it.
 _OWN = 10
+# Rounding of a gradient in low precision, which the other losses of a backward may change.
+_SAME = 1e-2
 # Elements of a gradient that are held in float64 at once.
 _PART = 2**20
 # Batches after which nothing is trusted once: where two that look alike were not, it shows.
@@ -52,12 +54,18 @@ class RowFinder:
         # By the structure of the graph, then by the place of the call in it.
         self._known: dict[int, dict[int, set[Layout]]] = {}
         self._silent: dict[int, set[int]] = {}
+        # By structure and sizes: the step of the samples in each call's result, by its place.
+        self._steps: dict[tuple[Any, ...], list[int | None]] = {}
         self._num_batches = 0
         self._observed: dict[Any, Tensor] = {}
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
 
     def observe(self, node: Any, x: Tensor | None, grad: Tensor) -> None:
-        """Note one number for each row: its gradient along a fixed random direction.
+        """Note one number for each row."""
+        self._observed[node] = self.signature(node, grad)
+
+    def signature(self, node: Any, grad: Tensor) -> Tensor:
+        """Return one number for each row: its gradient along a fixed random direction.
 
         In float64, so that a gradient times a power of two gives exactly that number times it.
         """
@@ -66,7 +74,7 @@ class RowFinder:
         # In parts: in float64 the gradient of a language model's outputs would be the largest
         # tensor of all.
         parts = rows.split(max(1, _PART // max(1, rows.shape[1])))
-        self._observed[node] = torch.cat([part.double() @ direction for part in parts])
+        return torch.cat([part.double() @ direction for part in parts])
 
     def _direction(self, size: int, device: torch.device) -> Tensor:
         found = self._directions.get((size, device))
@@ -76,27 +84,34 @@ class RowFinder:
             self._directions[size, device] = found
         return found
 
-    def known(self, found: Audit, num_samples: int) -> list[Any]:
+    def is_new(self, found: Audit) -> bool:
+        """Return whether no graph of this structure has been looked at."""
+        return found.structure not in self._silent
+
+    def known(self, found: Audit, losses: Tensor) -> list[Any]:
         """Give their rows to the calls where they are known; return the other calls.
 
         A call that no gradient has reached so far keeps ``rows = None`` and is not returned.
 
         Args:
             found: the calls.
-            num_samples: B.
+            losses: ``[B]``.
 
         Returns:
             The calls to look at.
         """
-        if len(self._known) > _STRUCTURES:
+        if len(self._silent) > _STRUCTURES:
             self._known.clear()
             self._silent.clear()
+            self._steps.clear()
         self._num_batches += 1
+        num_samples = len(losses)
         silent = self._silent.setdefault(found.structure, set())
+        steps = self._steps_of(found, losses)
         missing = []
         for place, node in enumerate(found.calls):
             node.place, node.rows = (found.structure, place), None
-            layout = self._trusted(node, found, num_samples)
+            layout = self._trusted(node, found, num_samples, steps[place])
             if layout is not None:
                 node.rows = Rows(node.lead, num_samples, layout)
             elif node in found.moved or place not in silent or self._known_layout(node):
@@ -104,20 +119,35 @@ class RowFinder:
         look_again = num_samples > 1 and self._num_batches in _LOOKED_AT_AGAIN
         return found.calls if look_again else missing
 
+    def _steps_of(self, found: Audit, losses: Tensor) -> list[int | None]:
+        """Return where the samples lie in each call's result, where the graph says so."""
+        num_samples = len(losses)
+        if num_samples == 1:
+            return [None] * len(found.calls)
+        sizes = tuple(node.lead for node in found.calls)
+        steps = self._steps.get((found.structure, num_samples, sizes))
+        if steps is None:
+            of = sample_steps(losses.grad_fn, losses.output_nr, num_samples, found.consumers)
+            steps = [of.get((node, 0)) for node in found.calls]
+            self._steps[found.structure, num_samples, sizes] = steps
+        return steps
+
     def _known_layout(self, node: Any) -> Layout | None:
         structure, place = node.place
         known = self._known.get(structure, {}).get(place, set())
         return next(iter(known)) if len(known) == 1 else None
 
-    def _trusted(self, node: Any, found: Audit, num_samples: int) -> Layout | None:
-        """Return the layout seen before if nothing but the sizes can say otherwise."""
+    def _trusted(
+        self, node: Any, found: Audit, num_samples: int, step: int | None
+    ) -> Layout | None:
+        """Return the layout seen before if the graph says that it is the same."""
         if num_samples == 1:
             return Layout("one")
         layout = self._known_layout(node)
-        if layout is None or node in found.moved or layout not in layouts(node.lead, num_samples):
+        if layout is None or node in found.moved or node in found.unproven:
             return None
-        certain = layout.kind == "dim" or stays_in_order(node, layout, num_samples, found.consumers)
-        return layout if certain else None
+        fits = layout in layouts(node.lead, num_samples)
+        return layout if fits and step == layout.step(node, num_samples) else None
 
     def find(
         self, nodes: list[Any], found: Audit, num_samples: int, losses: Tensor, backward: Backward
@@ -163,6 +193,7 @@ class RowFinder:
             for node in unclear:
                 samples[node] = _by_halves([(low[node], high[node]) for low, high in halves])
         several, reached = [], []
+        again = found.moved | found.unproven
         for node, of in samples.items():
             _check_trusted(node, of, num_samples)
             structure, place = node.place
@@ -175,7 +206,7 @@ class RowFinder:
             if (of == SEVERAL).any():
                 several.append(node)
             else:
-                self._learn(node, of, num_samples, again=node in found.moved)
+                self._learn(node, of, num_samples, again=node in again)
         self._directions.clear()
         if not reached:  # a batch without labels, say, which tells nothing of the next one
             self._silent.clear()
@@ -245,14 +276,21 @@ def _by_powers(others: Tensor, digits: list[Tensor], own: int, num_samples: int)
 
 
 def _by_halves(halves: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the same from backwards of half of the losses and of the other half, bit by bit."""
+    """Return the same from backwards of half of the losses and of the other half, bit by bit.
+
+    A row of one sample has the same gradient in every half that its loss is in, whatever the other
+    losses are; else its backward looks at the whole batch.
+    """
     samples = torch.zeros(len(halves[0][0]), dtype=torch.int64, device=halves[0][0].device)
     several, reached, silent = (torch.zeros_like(samples, dtype=torch.bool) for _ in range(3))
+    first = torch.zeros_like(halves[0][0])
     for bit, (low, high) in enumerate(halves):
         # What is not finite is refused later, by the name of the scores that it ends in.
         in_low, in_high = (of.nan_to_num(0, 0, 0) != 0 for of in (low, high))
         samples += in_high.long() << bit
-        several |= in_low & in_high
+        value = torch.where(in_high, high, low)
+        first = value if bit == 0 else first
+        several |= in_low & in_high | ((value - first).abs() > _SAME * first.abs())
         reached |= in_low | in_high
         silent |= ~(in_low | in_high)
     samples[~reached] = NO_GRADIENT

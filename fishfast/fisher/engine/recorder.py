@@ -61,13 +61,16 @@ class Recorder:
             node.rule.add_to(scores, x, grad, node.rows, self.add)
             return
         groups = self.found.plan.groups[place]
+        wanted = [
+            group is not None and (self.only is None or id(group) in self.only) for group in groups
+        ]
         if node.rows is None:
-            if bool(grad.any()):
+            if any(wanted) and bool(grad.any()):
                 self.unresolved.append(node)
-                self._skipped.update(id(group) for group in groups)
+                self.leave_out(node)
             return
         for i, group in enumerate(groups):
-            if group is None or (self.only is not None and id(group) not in self.only):
+            if group is None or not wanted[i]:
                 continue
             operand, use = node.operands[i], node.rule.use(i, x, grad, node.rows)
             if len(group) == 1:
@@ -81,8 +84,14 @@ class Recorder:
             if len(waiting) == len(group) and id(group) not in self._skipped:
                 self._add(self._waiting.pop(id(group)))
 
+    def leave_out(self, node: Any) -> None:
+        """Add nothing of a call, and of the uses that are summed with its own."""
+        self._skipped.update(map(id, self.found.plan.groups[self._places[node]]))
+
     def _tokens_of_tied(self, node: Any, group: Group) -> tuple[Tensor, Tensor] | None:
         """Return tokens and samples if all other uses of a head's weight are embeddings."""
+        if any(self.found.calls[place] in self.found.unproven for place, _ in group):
+            return None  # it may be left out, when the head's part is in the scores
         looked_up = []
         for place, j in group:
             other = self.found.calls[place]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class Layout(NamedTuple):
             num_samples, device=device
         ).unsqueeze(1)
         return of
+
+    def step(self, call: Any, num_samples: int) -> int:
+        """Return how far apart samples are in a call's result, counted in elements."""
+        shape = call._input_metadata[0].shape
+        if self.kind == "dim":
+            return prod(shape[self.dim + 1 :])
+        return prod(shape) // num_samples if self.kind == "blocks" else prod(shape[1:])
 
 
 def layouts(lead: tuple[int, ...], num_samples: int) -> list[Layout]:

@@ -23,6 +23,8 @@ class Rule(ABC):
         x: the input.
         operands: the call's weight and bias; None where it has none.
         options: the other arguments by name.
+        meets_data: whether the call has another tensor with a gradient: if not, its result may be
+            caught where it meets the data.
     """
 
     # The function's argument names in order, by which positional arguments are found.
@@ -33,6 +35,7 @@ class Rule(ABC):
     only_data = False
     # Whether `x` is kept after the call, apart from what autograd saves.
     keeps_input = False
+    meets_data = False
 
     def __init__(self, func: Callable[..., Any], call: dict[str, Any]) -> None:
         self.func = func
