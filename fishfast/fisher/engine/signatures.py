@@ -62,6 +62,10 @@ def judge(
     """
     verdicts = {}
     for lead, group in _alike(nodes, signatures[0]):
+        if 0 in lead:
+            nothing = Verdict(signatures[0][group[0]].long(), False, False, False, [])
+            verdicts.update(dict.fromkeys(group, nothing))
+            continue
         samples = find(*[torch.stack([of[node] for node in group]) for of in signatures])
         possible = layouts(lead, num_samples)
         has_sample = samples >= 0
