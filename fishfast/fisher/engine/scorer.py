@@ -187,7 +187,7 @@ class Scorer:
             try:
                 with self._no_autocast():
                     self._note_first_backward(losses.probe, found)
-                    if not self._catch_later(self._find_rows(losses.probe, found)):
+                    if not self._catch_later(self._find_rows(losses.probe, found), found):
                         return losses, found
                 why = "a parameter is used before it meets the data"
             except SecondDerivativeError:
@@ -287,13 +287,17 @@ class Scorer:
             {name: reason for name in self.parameters if name not in self.fallback}
         )
 
-    def _catch_later(self, nodes: list[Any]) -> bool:
+    def _catch_later(self, nodes: list[Any], found: Audit) -> bool:
         """Catch the operands of calls with mixed rows further on, or not at all.
 
         Returns:
             Whether another forward can catch some of them where they meet the data.
         """
         later = False
+        self._leave_to_autograd(
+            dict.fromkeys(_names([n for n in nodes if n in found.unproven]), _NOT_BY_SAMPLE)
+        )
+        nodes = [node for node in nodes if node not in found.unproven]
         for node in nodes:
             names = _names([node])
             eager = all(self.interception.levels[name] == EAGER for name in names)
