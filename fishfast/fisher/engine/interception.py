@@ -9,6 +9,8 @@ is left belongs to a call that was not caught, and the audit finds it.
 How eagerly a parameter is caught is its level:
 
 - `EAGER`: at the first call with another tensor or another shape, such as an embedding of tokens;
+- `LATER`: not where it meets nothing but other parameters and constants, as in LoRA's
+  ``W + B @ A``, which is an operand itself;
 - `LAZY`: only where it meets a tensor that has a gradient of its own. A table of positions that is
   looked up once for the whole batch is then an operand itself, of the addition to the tokens;
 - `NEVER`: left to autograd, and scored one sample at a time.
@@ -25,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fishfast.fisher.engine.operands import Operand, Tracker, tensors_in
+from fishfast.fisher.engine.operands import Operand, Tracker, is_opaque, tensors_in
+from fishfast.fisher.engine.origins import Origins
 from fishfast.fisher.engine.rules import (
     BROADCASTING,
     RULES,
@@ -35,9 +38,9 @@ from fishfast.fisher.engine.rules import (
     autocast_input,
 )
 
-__all__ = ["EAGER", "LAZY", "NEVER", "Interception", "SecondDerivativeError"]
+__all__ = ["EAGER", "LATER", "LAZY", "NEVER", "Interception", "SecondDerivativeError"]
 
-EAGER, LAZY, NEVER = 0, 1, 2
+EAGER, LATER, LAZY, NEVER = 0, 1, 2, 3
 _NONE: frozenset[str] = frozenset()
 
 # Called with an intercepted call's node, its input and the gradient of its output.
@@ -60,6 +63,7 @@ class Interception(TorchFunctionMode):
         anchor: a leaf that every intercepted call depends on; a backward to it runs them all.
         observe: called in the backward of every intercepted call.
         most_rows: the largest dim 0 that an intercepted call had since this was set to 1.
+        origins: knows which tensors come from the model alone; None where nobody asks.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -69,6 +73,7 @@ class Interception(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self.observe: Observer | None = None
         self.most_rows = 1
+        self.origins: Origins | None = None
 
     def __torch_function__(
         self,
@@ -101,11 +106,12 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.autograd.grad and data:  # it would not find what the calls have cut off
             raise SecondDerivativeError
-        caught = self._caught(func, args, kwargs, data)
+        opaque = any(is_opaque(tensor) for tensor in tensors_in((args, kwargs)))
+        caught = None if opaque else self._caught(func, args, kwargs, data)
         if caught is not None:
             return caught
         result = func(*args, **kwargs)
-        self.tracker.mark(result, frozenset() if data else names)
+        self.tracker.mark(result, frozenset() if data or opaque else names)
         return result
 
     def _sources(self, tensor: Tensor) -> frozenset[str]:
@@ -124,13 +130,18 @@ class Interception(TorchFunctionMode):
         if rule is not None:
             x_comes_from_parameters = rule.x.requires_grad and bool(self._sources(rule.x))
             if self._all_tracked(rule):
-                constant = x_comes_from_parameters or not rule.x.requires_grad
+                level = self._level(rule.operands)
                 # Position ids [1, T], behind token ids [B, T]: caught later, without being asked.
                 for_the_whole_batch = len(rule.x) == 1 < self.most_rows
-                if constant and (self._is_lazy(rule.operands) or for_the_whole_batch):
+                if not rule.x.requires_grad and (level == LAZY or for_the_whole_batch):
+                    return None
+                if x_comes_from_parameters and (level >= LATER or for_the_whole_batch):
                     return None
                 if x_comes_from_parameters:
                     rule.x = self._expanded(rule.x, rule.x.shape)
+                    rule.sees_data = False
+                elif self.origins is not None:
+                    rule.sees_data = not self.origins.knows(rule.x)
                 return self._run(rule)
             if not x_comes_from_parameters:
                 return None
@@ -156,11 +167,12 @@ class Interception(TorchFunctionMode):
             if func is F.scaled_dot_product_attention:
                 known &= value is kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             target = shape if shape is not None and known else value.shape
-            meets_nothing = not data and (target == value.shape or self._is_lazy((value,)))
+            later = self._level((value,)) >= LATER
+            meets_nothing = not data and (target == value.shape or later)
             if not self._sources(value) or len(target) == 0 or meets_nothing:
                 return value
             reached = True
-            return self._expanded(value, target)
+            return self._expanded(value, target, data)
 
         args = tuple(map(intercepted, args))
         kwargs = {key: intercepted(value) for key, value in kwargs.items()}
@@ -171,21 +183,24 @@ class Interception(TorchFunctionMode):
         learned = weight.requires_grad and bool(self._sources(weight))
         return learned and weight.dim() == 2 and x.dim() >= 3 and not self._sources(x)
 
-    def _is_lazy(self, operands: tuple[Tensor | None, ...]) -> bool:
-        """Whether any of these parameters is caught only where it meets the data."""
-        return any(
-            self.levels[name] == LAZY
+    def _level(self, operands: tuple[Tensor | None, ...]) -> int:
+        """Return the highest level of the parameters that these come from."""
+        levels = (
+            self.levels[name]
             for tensor in operands if tensor is not None and tensor.requires_grad
             for name in self._sources(tensor)
         )  # fmt: skip
+        return max(levels, default=EAGER)
 
     def _all_tracked(self, rule: Rule) -> bool:
         """Whether the operands that have a gradient come from tracked parameters, one at least."""
         learned = [t for t in rule.operands if t is not None and t.requires_grad]
         return bool(learned) and all(self._sources(t) for t in learned)
 
-    def _expanded(self, operand: Tensor, shape: torch.Size) -> Tensor:
-        return self._run(BroadcastRule(operand, shape))
+    def _expanded(self, operand: Tensor, shape: torch.Size, meets_data: bool = False) -> Tensor:
+        rule = BroadcastRule(operand, shape)
+        rule.sees_data = meets_data
+        return self._run(rule)
 
     def _run(self, rule: Rule) -> Tensor:
         operands = [

@@ -14,15 +14,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.audit import Audit, audit
-from fishfast.fisher.engine.eager import checkpoints_not_reentrant, not_compiled
+from fishfast.fisher.engine.eager import checkpoints_run_again, not_compiled
 from fishfast.fisher.engine.gradients import gradients
 from fishfast.fisher.engine.interception import (
     EAGER,
+    LATER,
     LAZY,
     NEVER,
     Interception,
     SecondDerivativeError,
 )
+from fishfast.fisher.engine.origins import Origins
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
 from fishfast.fisher.engine.rows import Layout, Rows, layouts
@@ -88,6 +90,7 @@ class Scorer:
         self.rows = RowFinder()
         self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
         self.fallback: dict[str, str] = {}
+        self._all_mixed = False  # in every call that a gradient reached
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
         self.passes = dict.fromkeys(WORK, 0)
         self.seconds = dict.fromkeys(WORK, 0.0)
@@ -114,6 +117,8 @@ class Scorer:
             losses, found = self.forward(batch)
             with torch.autocast(device, enabled=False):
                 while several := self._find_rows(losses.probe, found):
+                    if self._all_mixed:
+                        self._refuse_coupled(several, found, batch, len(losses.probe))
                     self._catch_later(several)
                     losses, found = self.forward(batch)
                 size = len(losses.probe)
@@ -138,7 +143,7 @@ class Scorer:
         """
         with (
             not_compiled(),
-            checkpoints_not_reentrant(),
+            checkpoints_run_again(),
             torch.enable_grad(),
             torch.autograd.set_multithreading_enabled(False),
             self.interception,
@@ -199,9 +204,13 @@ class Scorer:
 
     def _catch_later(self, nodes: list[Any]) -> None:
         """Catch the operands of calls with mixed rows further on, or not at all."""
+        meets_data = set(_names([node for node in nodes if node.rule.sees_data]))
+        levels = self.interception.levels
         for name in _names(nodes):
-            if self.interception.levels[name] == EAGER:
-                self.interception.levels[name] = LAZY
+            if levels[name] == EAGER and name not in meets_data:
+                levels[name] = LATER
+            elif levels[name] < LAZY:
+                levels[name] = LAZY
             else:
                 reason = "the gradient of one loss reaches several rows of its call"
                 self._leave_to_autograd({name: reason})
@@ -218,14 +227,30 @@ class Scorer:
 
         with self._timed("probe"):
             several, reached = self.rows.find(nodes, found, len(losses), losses, backward)
-        # Only a call that could have the samples in its rows says something about the losses.
-        telling = [
-            node for node in several
-            if not isinstance(node.rule, BroadcastRule) and layouts(node.lead, len(losses))
-        ]  # fmt: skip
-        if telling and len(several) == len(reached):
-            raise ValueError(_COUPLED.format(_names(telling)[0]))
+        self._all_mixed = len(several) == len(reached)
         return several
+
+    def _refuse_coupled(
+        self, several: list[Any], found: Audit, batch: Any, num_samples: int
+    ) -> None:
+        """Raise where the samples of every call are mixed, unless its rows cannot be samples."""
+        telling = [
+            place for place, node in enumerate(found.calls)
+            if node in several and not isinstance(node.rule, BroadcastRule)
+            and node.rule.sees_data and layouts(node.lead, num_samples)
+        ]  # fmt: skip
+        if not telling:
+            return
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        self.interception.origins = Origins(self.model, tensors)
+        try:
+            with self.interception.origins:
+                _, again = self.forward(batch)
+        finally:
+            self.interception.origins = None
+        for place in telling:
+            if again.structure != found.structure or again.calls[place].rule.sees_data:
+                raise ValueError(_COUPLED.format(_names([found.calls[place]])[0]))
 
     def _add_intercepted(self, losses: Tensor, counted: int, found: Audit, last: bool) -> None:
         if not found.calls:

@@ -22,6 +22,7 @@ class Rule(ABC):
         x: the input.
         operands: the call's weight and bias; None where it has none.
         options: the other arguments by name.
+        sees_data: whether the input may come from the batch, so that its rows may be samples.
     """
 
     # The function's argument names in order, by which positional arguments are found.
@@ -30,6 +31,7 @@ class Rule(ABC):
     in_low_precision = False
     # Whether `x` is kept after the call, apart from what autograd saves.
     keeps_input = False
+    sees_data = True
 
     def __init__(self, func: Callable[..., Any], call: dict[str, Any]) -> None:
         self.func = func
