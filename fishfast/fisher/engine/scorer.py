@@ -24,11 +24,13 @@ from fishfast.fisher.engine.interception import (
     Interception,
     SecondDerivativeError,
 )
+from fishfast.fisher.engine.operands import is_opaque
 from fishfast.fisher.engine.origins import Origins
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
 from fishfast.fisher.engine.rows import Layout, Rows, layouts
 from fishfast.fisher.engine.rules import BroadcastRule
+from fishfast.fisher.foreign import local
 from fishfast.fisher.objective import Losses, Objective
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.score_files import WORK
@@ -94,6 +96,9 @@ class Scorer:
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
         self.passes = dict.fromkeys(WORK, 0)
         self.seconds = dict.fromkeys(WORK, 0.0)
+        self._leave_to_autograd(
+            {name: f"a {type(p).__name__}" for name, p in parameters.items() if is_opaque(p)}
+        )
 
     def go_on(self, before: Fisher) -> None:
         """Take over the roads and the cost of the part of a run that was scored before."""
@@ -312,6 +317,7 @@ class Scorer:
                 self.passes["fallback"] += 1
                 for name, grad in zip(names, gradients(loss, inputs), strict=True):
                     if grad is not None:
+                        grad = local(grad, like=self.parameters[name])
                         self.scores[name] += self.add.f(grad.float())
 
     def _is_finite(self) -> bool:
