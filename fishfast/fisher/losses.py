@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -148,12 +149,19 @@ def ask_model(model: nn.Module, batch: Mapping[str, Any], remedy: str) -> Answer
 
 
 def _problem_type(logits: Tensor, labels: Any) -> str:
-    """Return the problem that transformers' own loss takes these labels for."""
+    """Return the problem that transformers' own loss takes these labels for: by their dtype.
+
+    Integers of the logits' shape, which transformers cannot use, are yes or no for each label.
+    """
     if logits.shape[1] == 1:
         return "regression"
-    if labels is None or (labels.dim() == 1 and not labels.is_floating_point()):
+    if labels is None or (_is_integer(labels) and labels.numel() == len(logits)):
         return "single_label_classification"
     return "multi_label_classification"
+
+
+def _is_integer(labels: Tensor) -> bool:
+    return labels.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -164,11 +172,18 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _head_losses(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     if problem_type == "regression":
-        return (logits - labels.view_as(logits)).square().mean(1)
+        return (logits - labels.reshape(logits.shape)).square().mean(1)
     if problem_type == "multi_label_classification":
+        if labels.shape != logits.shape:
+            raise ValueError(
+                "labels must be integers, one for each sample, or have the logits' shape; got "
+                f"{labels.dtype} of shape {tuple(labels.shape)} for logits of shape "
+                f"{tuple(logits.shape)}; {_ASK}"
+            )
         targets = labels.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
-    return F.cross_entropy(logits, labels.view(-1), reduction="none", ignore_index=IGNORED)
+    labels = labels.reshape(-1).long()
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
 
 
 def describe(value: Any) -> str:
