@@ -78,7 +78,8 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
     walked: list[Any] = []
     movers: list[Any] = []
     consumers: dict[Any, list[Consumer]] = {}
-    seen, stack = {losses.grad_fn}, [losses.grad_fn]
+    start = [losses.grad_fn] if len(losses) else []  # a batch in which no sample counts
+    seen, stack = set(start), list(start)
     while stack:
         node: Any = stack.pop()
         walked.append(node.name())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fishfast.fisher.checks import is_empty, refuse_mean
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.audit import Audit, audit
 from fishfast.fisher.engine.eager import checkpoints_run_again, not_compiled
@@ -92,12 +93,13 @@ class Scorer:
         self.rows = RowFinder()
         self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
         self.fallback: dict[str, str] = {}
+        self._one_loss_each = False  # known from a batch with several
         self._all_mixed = False  # in every call that a gradient reached
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
         self.passes = dict.fromkeys(WORK, 0)
         self.seconds = dict.fromkeys(WORK, 0.0)
         self._leave_to_autograd(
-            {name: f"a {type(p).__name__}" for name, p in parameters.items() if is_opaque(p)}
+            {name: f"a {type(p).__name__}, which has no rule" for name, p in parameters.items() if is_opaque(p)}
         )
 
     def go_on(self, before: Fisher) -> None:
@@ -116,10 +118,17 @@ class Scorer:
         Raises:
             NotFinite: the scores are not, and cannot be used any more.
         """
+        if is_empty(batch):
+            return 0, 0
         device = next(iter(self.parameters.values())).device.type
         with self.scoring():
             self._buffers = None
             losses, found = self.forward(batch)
+            if len(losses.probe) == 0:
+                return 0, 0
+            if losses.mean_of is not None:
+                losses, found = self._refuse_mean(losses, found, batch)
+            self._one_loss_each |= len(losses.probe) > 1
             with torch.autocast(device, enabled=False):
                 while several := self._find_rows(losses.probe, found):
                     if self._all_mixed:
@@ -235,6 +244,44 @@ class Scorer:
         self._all_mixed = len(several) == len(reached)
         return several
 
+    def _refuse_mean(
+        self, losses: Losses, found: Audit, batch: Any
+    ) -> tuple[Losses, Audit]:
+        """Raise unless the one loss of a batch is that of the only sample that counts there.
+
+        A loss_fn that has given several losses does not take means. Before that every call whose
+        rows may be samples must have a gradient in the rows of one sample alone.
+        """
+        size = losses.mean_of
+        if self._one_loss_each or size is None:
+            return losses, found
+        losses, found = self._forward_with_origins(batch)
+        reached: list[int] = []  # how many samples, for each call
+
+        def look(node: Any, x: Tensor | None, grad: Tensor) -> None:
+            fitting = layouts(node.lead, size)
+            if not node.rule.sees_data or not (fitting or node.lead[0] == 1):
+                return
+            rows = fitting[0].by_sample(grad, node.lead, size) if fitting else grad[None]
+            reached.append(int((rows.flatten(1) != 0).any(1).sum()))
+
+        self.passes["probe"] += 1
+        with self._timed("probe"):
+            self.backward(losses.probe.sum(), look)
+        if max(reached, default=2) > 1:
+            refuse_mean(size)
+        return losses, found
+
+    def _forward_with_origins(self, batch: Any) -> tuple[Losses, Audit]:
+        """Run the forward; its calls know whether their inputs come from the model alone."""
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        self.interception.origins = Origins(self.model, tensors)
+        try:
+            with self.interception.origins:
+                return self.forward(batch)
+        finally:
+            self.interception.origins = None
+
     def _refuse_coupled(
         self, several: list[Any], found: Audit, batch: Any, num_samples: int
     ) -> None:
@@ -246,13 +293,7 @@ class Scorer:
         ]  # fmt: skip
         if not telling:
             return
-        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        self.interception.origins = Origins(self.model, tensors)
-        try:
-            with self.interception.origins:
-                _, again = self.forward(batch)
-        finally:
-            self.interception.origins = None
+        _, again = self._forward_with_origins(batch)
         for place in telling:
             if again.structure != found.structure or again.calls[place].rule.sees_data:
                 raise ValueError(_COUPLED.format(_names([found.calls[place]])[0]))
