@@ -117,6 +117,7 @@ def test_outputs_of_no_sample(fisher_type):
 
 def test_default_losses_without_any_label():
     """One loss for each sample, all of which are zero."""
+
     class Head(nn.Linear):
         def forward(self, x):
             return {"logits": super().forward(x)}

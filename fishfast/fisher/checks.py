@@ -22,8 +22,15 @@ _ONE_EACH = (
 def check_losses(losses: Any, batch: Any) -> int | None:
     """Refuse losses that are not one finite number per sample, with a graph.
 
+    Args:
+        losses: what a loss_fn gave.
+        batch: for what.
+
     Returns:
         The number of samples of which one loss may be the mean; None where it is none.
+
+    Raises:
+        ValueError: others.
     """
     if not isinstance(losses, Tensor):
         raise ValueError(
@@ -64,6 +71,9 @@ def refuse_mean(size: int) -> NoReturn:
 
     Args:
         size: the batch's samples.
+
+    Raises:
+        ValueError: always.
     """
     raise ValueError(_ONE_EACH.format(1, size, "their mean"))
 

@@ -27,11 +27,11 @@ def zero_scores(parameter: nn.Parameter) -> Tensor:
 
 def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """Return this process's part of a DTensor, sharded as ``like`` is; others as they are."""
-    if not hasattr(tensor, "placements"):
-        return tensor
     sharded: Any = tensor
+    if not hasattr(sharded, "placements"):
+        return tensor
     if like is not None:  # a gradient may be a sum that is still to be taken
-        sharded = sharded.redistribute(placements=like.placements)
+        sharded = sharded.redistribute(placements=getattr(like, "placements", None))
     return sharded.to_local()
 
 

@@ -46,7 +46,7 @@ def labelled_batch_losses(model: nn.Module, batch: Any) -> Tensor:
     Classification: cross entropy, or binary cross entropy averaged over the labels of a
     multi-label head. Regression: squared error averaged over the outputs. Language modelling:
     cross entropy averaged over the sample's own labels that are not -100, shifted by one for a
-    causal model only. Virtual tokens that PEFT puts before the others have no labels, except in CPT.
+    causal model only. Virtual tokens that PEFT puts before them have no labels, except in CPT.
     The task is the model's own ``loss_type`` (transformers) or, for a module
     without one, follows from the shapes of logits ``[B, C]`` and labels. Auxiliary losses that a
     model adds to its own, such as a router's load balancing, are not included.

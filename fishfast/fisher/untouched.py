@@ -42,9 +42,7 @@ def scoring_mode(model: nn.Module, eval_mode: bool) -> Iterator[None]:
                 module.training = training
 
 
-def _give_back_modes(
-    module: nn.Module, modes: dict[nn.Module, bool], seen: set[nn.Module]
-) -> None:
+def _give_back_modes(module: nn.Module, modes: dict[nn.Module, bool], seen: set[nn.Module]) -> None:
     """Put modules back into their modes through their own ``train()``.
 
     A model may do more there than set the mode: LeViT drops what it cached in eval mode, loralib
@@ -94,7 +92,9 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         scripted = {part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)}
-        self._scripted = [(module, dict(module.named_buffers(recurse=False))) for module in scripted]
+        self._scripted = [
+            (module, dict(module.named_buffers(recurse=False))) for module in scripted
+        ]
         self._modules = [
             (module, dict(module._buffers), set(module._non_persistent_buffers_set))
             for module in model.modules() if module not in scripted
@@ -109,8 +109,8 @@ class Buffers:
             module._buffers.clear()
             module._buffers.update(buffers)
             module._non_persistent_buffers_set = non_persistent
-        for module, buffers in self._scripted:  # their buffers are attributes of another language
-            for name, buffer in buffers.items():
+        for module, own in self._scripted:  # their buffers are attributes of another language
+            for name, buffer in own.items():
                 if getattr(module, name) is not buffer:
                     setattr(module, name, buffer)
         for buffer, memory, value in self._values:

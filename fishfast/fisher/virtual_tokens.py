@@ -33,8 +33,8 @@ def num_virtual_tokens(model: nn.Module, logits: Tensor, own: Tensor, remedy: st
     extra = logits.shape[1] - own.shape[1]
     if extra and extra != getattr(_prompt_config(model), "num_virtual_tokens", 0):
         raise ValueError(
-            f"logits and labels must be of the same positions; got logits for {logits.shape[1]} and "
-            f"labels for {own.shape[1]} tokens: how they align is not known; {remedy}"
+            f"logits and labels must be of the same positions; got logits for {logits.shape[1]} "
+            f"and labels for {own.shape[1]} tokens: how they align is not known; {remedy}"
         )
     return extra
 
@@ -75,7 +75,9 @@ def _of_cpt(
     The context's own labels count, too. A position's type says what it is: a multiple of 4 is a
     label, that of a later example has a larger one.
     """
-    context = torch.tensor([config.cpt_token_ids, config.cpt_tokens_type_mask], device=labels.device)
+    context = torch.tensor(
+        [config.cpt_token_ids, config.cpt_tokens_type_mask], device=labels.device
+    )
     tokens, types = (row.expand(len(labels), -1) for row in context)
     own = inputs.get("input_type_mask", torch.full_like(labels, 4)).to(types.dtype)
     types = torch.cat([types, torch.where(own > 0, own + types.max(), own)], 1)

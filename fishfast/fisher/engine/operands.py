@@ -201,9 +201,15 @@ class Tracker:
 
 
 def is_opaque(tensor: Tensor) -> bool:
-    """Whether a tensor runs torch's operations in a way of its own, which no rule knows.
+    """Return whether a tensor runs torch's operations in a way of its own.
 
-    Nested tensors, DTensors and quantized weights: their layout is not that of their shape.
+    Nested tensors, DTensors and quantized weights do: no rule knows how.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        Whether it does.
     """
     return type(tensor).__torch_dispatch__ is not _PLAIN or tensor.is_nested
 

@@ -99,7 +99,11 @@ class Scorer:
         self.passes = dict.fromkeys(WORK, 0)
         self.seconds = dict.fromkeys(WORK, 0.0)
         self._leave_to_autograd(
-            {name: f"a {type(p).__name__}, which has no rule" for name, p in parameters.items() if is_opaque(p)}
+            {
+                name: f"a {type(p).__name__}, which has no rule"
+                for name, p in parameters.items()
+                if is_opaque(p)
+            }
         )
 
     def go_on(self, before: Fisher) -> None:
@@ -127,7 +131,7 @@ class Scorer:
             if len(losses.probe) == 0:
                 return 0, 0
             if losses.mean_of is not None:
-                losses, found = self._refuse_mean(losses, found, batch)
+                self._refuse_mean(losses.mean_of, batch)
             self._one_loss_each |= len(losses.probe) > 1
             with torch.autocast(device, enabled=False):
                 while several := self._find_rows(losses.probe, found):
@@ -218,12 +222,14 @@ class Scorer:
 
     def _catch_later(self, nodes: list[Any]) -> None:
         """Catch the operands of calls with mixed rows further on, or not at all."""
+        levels, names = self.interception.levels, _names(nodes)
         meets_data = set(_names([node for node in nodes if node.rule.sees_data]))
-        levels = self.interception.levels
-        for name in _names(nodes):
-            if levels[name] == EAGER and name not in meets_data:
-                levels[name] = LATER
-            elif levels[name] < LAZY:
+        if early := [name for name in names if levels[name] == EAGER and name not in meets_data]:
+            # What seemed to be data to other calls may be computed from these.
+            levels.update(dict.fromkeys(early, LATER))
+            return
+        for name in names:
+            if levels[name] < LAZY:
                 levels[name] = LAZY
             else:
                 reason = "the gradient of one loss reaches several rows of its call"
@@ -244,18 +250,15 @@ class Scorer:
         self._all_mixed = len(several) == len(reached)
         return several
 
-    def _refuse_mean(
-        self, losses: Losses, found: Audit, batch: Any
-    ) -> tuple[Losses, Audit]:
+    def _refuse_mean(self, size: int, batch: Any) -> None:
         """Raise unless the one loss of a batch is that of the only sample that counts there.
 
         A loss_fn that has given several losses does not take means. Before that every call whose
         rows may be samples must have a gradient in the rows of one sample alone.
         """
-        size = losses.mean_of
-        if self._one_loss_each or size is None:
-            return losses, found
-        losses, found = self._forward_with_origins(batch)
+        if self._one_loss_each:
+            return
+        losses, _ = self._forward_with_origins(batch)
         reached: list[int] = []  # how many samples, for each call
 
         def look(node: Any, x: Tensor | None, grad: Tensor) -> None:
@@ -270,7 +273,6 @@ class Scorer:
             self.backward(losses.probe.sum(), look)
         if max(reached, default=2) > 1:
             refuse_mean(size)
-        return losses, found
 
     def _forward_with_origins(self, batch: Any) -> tuple[Losses, Audit]:
         """Run the forward; its calls know whether their inputs come from the model alone."""
