@@ -47,6 +47,7 @@ class Audit(NamedTuple):
         structure: the same for graphs of the same calls in the same order, whatever the sizes, that
             cut the samples' dim in the same places.
         consumers: node -> what uses its outputs.
+        num_samples: B.
     """
 
     calls: list[Any]
@@ -55,6 +56,7 @@ class Audit(NamedTuple):
     moved: set[Any]
     structure: int
     consumers: dict[Any, list[Consumer]]
+    num_samples: int
 
 
 def audit(losses: Tensor, tracker: Tracker) -> Audit:
@@ -113,7 +115,9 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
         if operand is not None
     ]
     groups, structure = _groups(calls, uses), hash(tuple(walked))
-    return Audit(calls, foreign, groups, _calls_above(movers), structure, consumers)
+    return Audit(
+        calls, foreign, groups, _calls_above(movers), structure, consumers, len(losses)
+    )  # fmt: skip
 
 
 def _moves(node: Any, num_samples: int) -> bool:

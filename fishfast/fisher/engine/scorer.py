@@ -15,6 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fishfast.fisher.checks import is_empty, refuse_mean
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.audit import Audit, audit
+from fishfast.fisher.engine.coupling import (
+    COUPLED,
+    SamplesReached,
+    names_of,
+    refuse_coupled,
+)
 from fishfast.fisher.engine.eager import checkpoints_run_again, not_compiled
 from fishfast.fisher.engine.gradients import gradients
 from fishfast.fisher.engine.interception import (
@@ -29,7 +35,7 @@ from fishfast.fisher.engine.operands import is_opaque
 from fishfast.fisher.engine.origins import Origins
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
-from fishfast.fisher.engine.rows import Layout, Rows, layouts
+from fishfast.fisher.engine.rows import Layout, Rows
 from fishfast.fisher.engine.rules import BroadcastRule
 from fishfast.fisher.foreign import local
 from fishfast.fisher.objective import Losses, Objective
@@ -46,12 +52,6 @@ _ROADS = (UNUSED, BATCHED, EXPANDED, SORTED)  # a parameter's road is the last o
 
 # Added to a road: weight norm, a recurrent layer over the data itself, a table that is looked up.
 THROUGH = "; sample by sample through what is computed from it"
-
-_COUPLED = (
-    "loss_fn must return losses that depend on one sample each; the gradient of one loss reaches "
-    "other samples in every batched layer, {0!r} for one (a batch mean, or a loss between "
-    "samples); use reduction='none'"
-)
 
 
 class NotFinite(Exception):
@@ -136,7 +136,7 @@ class Scorer:
             with torch.autocast(device, enabled=False):
                 while several := self._find_rows(losses.probe, found):
                     if self._all_mixed:
-                        self._refuse_coupled(several, found, batch, len(losses.probe))
+                        refuse_coupled(several, found, lambda: self._forward_with_origins(batch)[1])
                     self._catch_later(several)
                     losses, found = self.forward(batch)
                 size = len(losses.probe)
@@ -201,7 +201,7 @@ class Scorer:
                     "loss_fn must leave the batch's tensors as they are, because a forward may run "
                     "again; it changed one in place; work on a copy"
                 )
-            stale = [name for name in _names(found.calls) if name in self.fallback]
+            stale = [name for name in names_of(found.calls) if name in self.fallback]
             if stale:
                 raise ValueError(
                     "a model must not use tensors of an earlier forward, such as cached features; "
@@ -222,8 +222,8 @@ class Scorer:
 
     def _catch_later(self, nodes: list[Any]) -> None:
         """Catch the operands of calls with mixed rows further on, or not at all."""
-        levels, names = self.interception.levels, _names(nodes)
-        meets_data = set(_names([node for node in nodes if node.rule.sees_data]))
+        levels, names = self.interception.levels, names_of(nodes)
+        meets_data = set(names_of([node for node in nodes if node.rule.sees_data]))
         if early := [name for name in names if levels[name] == EAGER and name not in meets_data]:
             # What seemed to be data to other calls may be computed from these.
             levels.update(dict.fromkeys(early, LATER))
@@ -251,27 +251,14 @@ class Scorer:
         return several
 
     def _refuse_mean(self, size: int, batch: Any) -> None:
-        """Raise unless the one loss of a batch is that of the only sample that counts there.
-
-        A loss_fn that has given several losses does not take means. Before that every call whose
-        rows may be samples must have a gradient in the rows of one sample alone.
-        """
-        if self._one_loss_each:
+        if self._one_loss_each:  # a loss_fn that has given several losses does not take means
             return
-        losses, _ = self._forward_with_origins(batch)
-        reached: list[int] = []  # how many samples, for each call
-
-        def look(node: Any, x: Tensor | None, grad: Tensor) -> None:
-            fitting = layouts(node.lead, size)
-            if not node.rule.sees_data or not (fitting or node.lead[0] == 1):
-                return
-            rows = fitting[0].by_sample(grad, node.lead, size) if fitting else grad[None]
-            reached.append(int((rows.flatten(1) != 0).any(1).sum()))
-
+        losses, found = self._forward_with_origins(batch)
+        reached = SamplesReached(size)
         self.passes["probe"] += 1
         with self._timed("probe"):
-            self.backward(losses.probe.sum(), look)
-        if max(reached, default=2) > 1:
+            self.backward(losses.probe.sum(), reached.observe)
+        if reached.most > 1:
             refuse_mean(size)
 
     def _forward_with_origins(self, batch: Any) -> tuple[Losses, Audit]:
@@ -283,22 +270,6 @@ class Scorer:
                 return self.forward(batch)
         finally:
             self.interception.origins = None
-
-    def _refuse_coupled(
-        self, several: list[Any], found: Audit, batch: Any, num_samples: int
-    ) -> None:
-        """Raise where the samples of every call are mixed, unless its rows cannot be samples."""
-        telling = [
-            place for place, node in enumerate(found.calls)
-            if node in several and not isinstance(node.rule, BroadcastRule)
-            and node.rule.sees_data and layouts(node.lead, num_samples)
-        ]  # fmt: skip
-        if not telling:
-            return
-        _, again = self._forward_with_origins(batch)
-        for place in telling:
-            if again.structure != found.structure or again.calls[place].rule.sees_data:
-                raise ValueError(_COUPLED.format(_names([found.calls[place]])[0]))
 
     def _add_intercepted(self, losses: Tensor, counted: int, found: Audit, last: bool) -> None:
         if not found.calls:
@@ -316,7 +287,7 @@ class Scorer:
                 return
             # A call that no gradient had reached before, and whose rows are not known yet.
             if mixed := self._probe(recorder.unresolved, losses, found):
-                raise ValueError(_COUPLED.format(_names(mixed)[0]))
+                raise ValueError(COUPLED.format(names_of(mixed)[0]))
             if any(node.rows is None for node in recorder.unresolved):
                 self._add_alone(losses[:counted], left_out, found)
                 return
@@ -396,9 +367,3 @@ class Scorer:
 def _own_container(value: Any) -> Any:
     """Copy a mapping that is no dict, such as transformers' BatchEncoding; others are rebuilt."""
     return copy.copy(value) if isinstance(value, MutableMapping) else value
-
-
-def _names(nodes: list[Any]) -> list[str]:
-    """Return the names of all operands of these calls."""
-    operands = [operand for node in nodes for operand in node.operands if operand is not None]
-    return sorted({name for operand in operands for name in operand.names})
