@@ -16,6 +16,7 @@ from fishfast.files.atomic import PathLike
 from fishfast.fisher.distributed import all_reduce_, announce_failure
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.scorer import Scorer
+from fishfast.fisher.foreign import as_sharded, refuse_sample_hooks, zero_scores
 from fishfast.fisher.heads import HEADS
 from fishfast.fisher.kind import FISHER_TYPES
 from fishfast.fisher.losses import labelled_batch_losses
@@ -148,8 +149,7 @@ def estimate_fisher(
     else:
         objective = over_labels(outputs_fn, head, fisher_type, power, num_label_samples, generator)
     with torch.inference_mode(False):  # tensors made here must be able to take part in autograd
-        # Of the parameters' strides, so that a view of a parameter is a view of its scores.
-        scores = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        scores = {name: zero_scores(p) for name, p in parameters.items()}
         scorer = Scorer(model, objective, parameters, scores, Accumulator(power, backend))
         run = Run(scorer, fisher_type, num_samples)
         try:  # what fails in one process only, such as a folder, is announced to the others
@@ -177,11 +177,12 @@ def estimate_fisher(
                 scores, counts, process_group, fisher_type=fisher_type, power=power
             )
     _check_scores(scores, counts[0])
-    return run.result(scores, *counts)
+    return run.result(as_sharded(scores, parameters), *counts)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     refuse_lazy(model)
+    refuse_sample_hooks(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(

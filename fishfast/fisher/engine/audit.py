@@ -57,6 +57,7 @@ class Audit(NamedTuple):
             whatever the sizes, and cut the samples' dim in the same places.
         consumers: node -> what uses its outputs.
         others: leaves with a gradient that are no tracked parameter.
+        num_samples: B.
     """
 
     calls: list[Any]
@@ -68,6 +69,7 @@ class Audit(NamedTuple):
     structure: int
     consumers: dict[Any, list[Consumer]]
     others: list[Tensor]
+    num_samples: int
 
 
 def audit(losses: Tensor, tracker: Tracker, hooked: list[Any]) -> Audit:
@@ -94,7 +96,8 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any]) -> Audit:
     python: list[Any] = []
     consumers: dict[Any, list[Consumer]] = {}
     others: list[Tensor] = []
-    numbers, stack = {losses.grad_fn: 0}, [losses.grad_fn]
+    start = [losses.grad_fn] if len(losses) else []  # a batch in which no sample counts
+    numbers, stack = dict.fromkeys(start, 0), list(start)
     while stack:
         node: Any = stack.pop()
         kind = node.name()
@@ -140,7 +143,7 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any]) -> Audit:
     python += [node for node in hooked if node in numbers]
     return Audit(
         calls, foreign, _groups(calls, uses), _calls_above(movers), python,
-        _calls_above(python), hash(tuple(walked)), consumers, others,
+        _calls_above(python), hash(tuple(walked)), consumers, others, len(losses),
     )  # fmt: skip
 
 
