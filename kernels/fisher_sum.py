@@ -107,24 +107,28 @@ def sum_kernel(
 
 
 def add_sum(
-    score: Tensor,
+    score: Tensor | None,
     grad: Tensor,
     x: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
     power: int,
+    bias: Tensor | None = None,
 ) -> None:
     """Add ``sum_b f(sum_t grad[b, t, d] xhat[b, t, d])`` to ``score[d]``, in place.
 
     Args:
-        score: [D] fp32.
+        score: [D] fp32; None: nothing is added.
         grad: [B, T, D], any strides.
         x: [B, T, D], any strides; None for a bias: xhat is 1, and mean and rstd are not looked at.
         mean: subtracted from x; None, or broadcastable to [B, T, D].
         rstd: x is multiplied by it after that; None, or broadcastable to [B, T, D].
         power: 2 (f squares) or 1 (f takes the absolute value).
+        bias: [D] fp32, to which the same without xhat is added; None: no bias.
     """
-    if grad.numel() == 0:
+    if bias is not None:
+        add_sum(bias, grad, None, None, None, power)
+    if score is None or grad.numel() == 0:
         return
     num_samples, num_positions, num_features = grad.shape
     if num_positions < 8:

@@ -15,8 +15,9 @@ from fishfast._wrappers import unwrapped
 from fishfast.files.atomic import PathLike
 from fishfast.fisher.distributed import all_reduce_, announce_failure
 from fishfast.fisher.engine.accumulator import Accumulator
+from fishfast.fisher.engine.score_memory import zero_scores
 from fishfast.fisher.engine.scorer import Scorer
-from fishfast.fisher.foreign import as_sharded, refuse_sample_hooks, zero_scores
+from fishfast.fisher.foreign import as_sharded, refuse_sample_hooks
 from fishfast.fisher.heads import HEADS
 from fishfast.fisher.kind import FISHER_TYPES
 from fishfast.fisher.losses import labelled_batch_losses
@@ -149,7 +150,7 @@ def estimate_fisher(
     else:
         objective = over_labels(outputs_fn, head, fisher_type, power, num_label_samples, generator)
     with torch.inference_mode(False):  # tensors made here must be able to take part in autograd
-        scores = {name: zero_scores(p) for name, p in parameters.items()}
+        scores = zero_scores(parameters)
         scorer = Scorer(model, objective, parameters, scores, Accumulator(power, backend))
         run = Run(scorer, fisher_type, num_samples)
         try:  # what fails in one process only, such as a folder, is announced to the others

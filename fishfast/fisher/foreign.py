@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fishfast.fisher.engine.operands import is_opaque
 
-__all__ = ["as_sharded", "local", "refuse_sample_hooks", "zero_scores"]
+__all__ = ["as_sharded", "local", "refuse_sample_hooks", "zeros_of_part"]
 
 
-def zero_scores(parameter: nn.Parameter) -> Tensor:
+def zeros_of_part(parameter: nn.Parameter) -> Tensor:
     """Return fp32 zeros for a parameter's scores, of this process's part of a DTensor.
 
     They have the parameter's strides, so that a view of a parameter is a view of its scores.

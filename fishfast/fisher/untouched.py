@@ -83,6 +83,10 @@ def hooks_set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p._backward_hooks = own
 
 
+_NO_BUFFERS: dict[str, torch.Tensor | None] = {}
+_NO_NAMES: set[str] = set()
+
+
 class Buffers:
     """The buffers of a model as they are now, to be put back: objects, memory and values.
 
@@ -97,18 +101,25 @@ class Buffers:
         ]
         self._modules = [
             (module, dict(module._buffers), set(module._non_persistent_buffers_set))
+            if module._buffers else (module, _NO_BUFFERS, _NO_NAMES)
             for module in model.modules() if module not in scripted
         ]  # fmt: skip
-        buffers = {id(buffer): buffer for buffer in model.buffers()}
+        named: list[dict[str, torch.Tensor | None]] = [own for _, own, _ in self._modules]
+        named += [dict(own) for _, own in self._scripted]
+        buffers = {
+            id(buffer): buffer
+            for own in named for buffer in own.values() if buffer is not None
+        }  # fmt: skip
         self._values = [(buffer, buffer.data, buffer.clone()) for buffer in buffers.values()]
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Undo what was written, replaced, filled in, registered or resized since."""
         for module, buffers, non_persistent in self._modules:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set = non_persistent
+            if module._buffers or buffers:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+                module._non_persistent_buffers_set = set(non_persistent)
         for module, own in self._scripted:  # their buffers are attributes of another language
             for name, buffer in own.items():
                 if getattr(module, name) is not buffer:

@@ -14,6 +14,7 @@ from fishfast.fisher.engine.costs import Costs
 from fishfast.fisher.engine.coupling import names_of
 from fishfast.fisher.engine.interception import NEVER, Interception, SecondDerivativeError
 from fishfast.fisher.engine.origins import Origins
+from fishfast.fisher.engine.plan import Plans
 from fishfast.fisher.objective import Losses, Objective
 from fishfast.fisher.untouched import Buffers, OwnRandomState
 
@@ -27,6 +28,7 @@ class Forwards:
         model: what is scored.
         objective: what is differentiated.
         interception: of the model's calls.
+        plans: of the graphs seen before.
         costs: where passes and time are counted.
 
     Attributes:
@@ -37,10 +39,11 @@ class Forwards:
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, interception: Interception, costs: Costs
-    ) -> None:
+        self, model: nn.Module, objective: Objective, interception: Interception, plans: Plans,
+        costs: Costs,
+    ) -> None:  # fmt: skip
         self._model, self._objective = model, objective
-        self._interception, self._costs = interception, costs
+        self._interception, self._plans, self._costs = interception, plans, costs
         self._parameters = interception.tracker.parameters
         self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
         self.fallback: dict[str, str] = {}
@@ -62,6 +65,9 @@ class Forwards:
     def first(self, batch: Any) -> tuple[Losses, Audit]:
         """Run the first forward of a batch.
 
+        Args:
+            batch: the batch.
+
         Returns:
             Its losses, and what they depend on.
         """
@@ -78,6 +84,12 @@ class Forwards:
     def run(self, batch: Any) -> tuple[Losses, Audit]:
         """Run a forward; what calls do not cover is left to autograd.
 
+        Args:
+            batch: the batch.
+
+        Returns:
+            The losses, and what they depend on.
+
         Raises:
             ValueError: it changes the batch's tensors, or uses those of an earlier forward.
         """
@@ -93,7 +105,8 @@ class Forwards:
         versions = [tensor._version for tensor in tensors]
         with self._costs.of("forward", passes=1):
             losses = self._objective(self._model, copied)
-            found = audit(losses.probe, interception.tracker, interception.hooks.settle())
+            hooked = interception.hooks.settle()
+            found = audit(losses.probe, interception.tracker, hooked, self._plans)
         if versions != [tensor._version for tensor in tensors]:
             raise ValueError(
                 "loss_fn must leave the batch's tensors as they are, because a forward may run "

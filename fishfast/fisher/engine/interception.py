@@ -18,9 +18,10 @@ How eagerly a parameter is caught is its level:
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +39,13 @@ from fishfast.fisher.engine.rules import (
     Rule,
     autocast_input,
 )
+from fishfast.fisher.engine.sites import NEVER, Sites, records
 
 __all__ = [
     "EAGER", "LATER", "LAZY", "NEVER", "Interception", "Observer", "SecondDerivativeError",
 ]  # fmt: skip
 
-EAGER, LATER, LAZY, NEVER = 0, 1, 2, 3
+EAGER, LATER, LAZY = 0, 1, 2  # and NEVER
 _NONE: frozenset[str] = frozenset()
 
 # Called with an intercepted call's node, its input and the gradient of its output.
@@ -78,14 +80,17 @@ class Interception(TorchFunctionMode):
         self.levels = dict.fromkeys(parameters, EAGER)
         self.anchor = torch.zeros((), requires_grad=True)
         self.observe: Observer | None = None
+        self.sites = Sites(self.tracker)
         self.task = -1
         self.hooks = TensorHooks()
         self.most_rows = 1
+        self._one_row: dict[Any, bool] = {}
         self.origins: Origins | None = None
 
     def begin(self) -> None:
         """Forget what an earlier forward has left."""
         self.most_rows = 1
+        self._one_row.clear()
         self.hooks.clear()
 
     def __torch_function__(
@@ -97,29 +102,35 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Run a call, intercepted where tracked parameters meet the data."""
         kwargs = kwargs or {}
+        if (
+            func in RULES
+            and (again := self.sites.rule(func, args, kwargs, self.levels)) is not None
+        ):
+            return self._run(again[0], True, again[1])
         if func is torch.Tensor.register_hook:
             return self._hooked(*args, **kwargs)
         if func is torch.autograd.grad and self.task != -1:  # in a hook: the outer one is recorded
             return self._grad_in_backward(args, kwargs)
-        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
-            return func(*args, **kwargs)  # in vmap or torch.func.grad, autograd is left alone
-        if func in _OPENED:
+        if func in _OPENED and records():
             with self:
                 return _OPENED[func](*args, **kwargs)
         data, names = False, _NONE
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(value, Tensor):
+            kind = type(value)
+            if kind is Tensor or kind is nn.Parameter or isinstance(value, Tensor):
                 if value.requires_grad:
                     sources = self._sources(value)
-                    names |= sources
-                    data |= not sources
-            elif isinstance(value, (tuple, list, dict)):
+                    if sources:
+                        names |= sources
+                    else:
+                        data = True
+            elif kind is not int and isinstance(value, (tuple, list, dict)):
                 for tensor in tensors_in(value):
                     if tensor.requires_grad:
                         sources = self._sources(tensor)
                         names |= sources
                         data |= not sources
-        if not names:
+        if not names or not records():
             return func(*args, **kwargs)
         if func is torch.autograd.grad and data:  # it would not find what the calls have cut off
             raise SecondDerivativeError
@@ -140,7 +151,8 @@ class Interception(TorchFunctionMode):
         inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
         if any(self._sources(tensor) for tensor in tensors_in(inputs)):
             raise SecondDerivativeError
-        return torch.autograd.grad(*args, **kwargs)
+        with self:  # a checkpointed layer runs again in there
+            return _GRAD(*args, **kwargs)
 
     def _sources(self, tensor: Tensor) -> frozenset[str]:
         """Return the parameters that a tensor is computed from, if from nothing else.
@@ -148,19 +160,27 @@ class Interception(TorchFunctionMode):
         What is left to autograd is data like any other tensor with a gradient.
         """
         names = self.tracker.sources(tensor)
-        return _NONE if any(self.levels[name] == NEVER for name in names) else names
+        if names and any([self.levels[name] == NEVER for name in names]):
+            return _NONE
+        return names
 
     def _caught(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], data: bool
     ) -> Tensor | None:
         """Run a call with its operands intercepted; None if there is nothing to intercept yet."""
         rule = RULES[func].bind(func, args, kwargs) if func in RULES else None
+        if rule is not None and rule.only_data and self._sources(rule.x):
+            rule = None
         if rule is not None:
+            operands = self._parameters(rule)
+            if operands is not None and rule.x.requires_grad and not self._sources(rule.x):
+                self.sites.remember(func, args, kwargs, rule, operands)
+                return self._run(rule, True, operands)
             x_comes_from_parameters = rule.x.requires_grad and bool(self._sources(rule.x))
             if self._all_tracked(rule):
                 level = self._level(rule.operands)
                 # Position ids [1, T], behind token ids [B, T]: caught later, without being asked.
-                for_the_whole_batch = len(rule.x) == 1 < self.most_rows
+                for_the_whole_batch = self._is_one_row(rule)
                 if not rule.x.requires_grad and (level == LAZY or for_the_whole_batch):
                     return None
                 if x_comes_from_parameters and (level >= LATER or for_the_whole_batch):
@@ -207,6 +227,14 @@ class Interception(TorchFunctionMode):
         kwargs = {key: intercepted(value) for key, value in kwargs.items()}
         return func(*args, **kwargs) if reached else None
 
+    def _is_one_row(self, rule: Rule) -> bool:
+        """Whether a call has one row where others had more; the same when a checkpoint runs again."""
+        names = tuple(name for t in rule.operands if t is not None for name in self._sources(t))
+        key = (names, rule.x.shape)
+        if key not in self._one_row:
+            self._one_row[key] = rule.x.shape[0] == 1 < self.most_rows
+        return self._one_row[key]
+
     def _is_weight_from_the_left(self, weight: Tensor, x: Tensor) -> bool:
         """Whether a product is that of a matrix of parameters and of data, with a batch dim."""
         learned = weight.requires_grad and bool(self._sources(weight))
@@ -231,17 +259,49 @@ class Interception(TorchFunctionMode):
         rule.sees_data = data
         return self._run(rule, data)
 
-    def _run(self, rule: Rule, data: bool) -> Tensor:
+    def _parameters(self, rule: Rule) -> list[Operand | None] | None:
+        """Return the operands of a call whose weight and bias are parameters as they are."""
+        operands: list[Operand | None] = []
+        for tensor in rule.operands:
+            if tensor is None or not tensor.requires_grad:
+                operands.append(None)
+                continue
+            operand = self.tracker.whole(tensor)
+            if operand is None or self.levels[operand.names[0]] == NEVER:
+                return None
+            operands.append(operand)
+        return operands if any(operands) else None
+
+    def _run(self, rule: Rule, data: bool, operands: list[Operand | None] | None = None) -> Tensor:
         rule.meets_data = data
-        operands = [
-            self.tracker.operand(t) if t is not None and t.requires_grad else None
-            for t in rule.operands
+        if operands is None:
+            operands = [
+                self.tracker.operand(t) if t is not None and t.requires_grad else None
+                for t in rule.operands
+            ]
+        x = rule.x
+        autocast = _any_autocast()
+        if x is not None:
+            self.most_rows = max(self.most_rows, x.shape[0])
+            x = autocast_input(x) if autocast and rule.in_low_precision else x
+        # Autocast keeps what it casts of a parameter, and would keep it without a gradient.
+        values = [
+            t if t is None or (t.is_leaf and not autocast) else t.detach() for t in rule.operands
         ]
-        values = [None if t is None else t.detach() for t in rule.operands]
-        if rule.x is not None:
-            self.most_rows = max(self.most_rows, len(rule.x))
-        x = autocast_input(rule.x) if rule.in_low_precision else rule.x
-        return _InterceptedCall.apply(self, rule, operands, self.anchor, x, *values)
+        return _apply(_Call(self, rule, operands, values), self.anchor, x)
+
+
+class _Call(NamedTuple):
+    """What the autograd function of a call gets besides its tensors."""
+
+    interception: Interception
+    rule: Rule
+    operands: list[Operand | None]
+    values: list[Tensor | None]
+
+
+# True where it cannot be asked.
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 # Python functions that hand themselves over whole, with calls inside that have rules: run from a
@@ -254,6 +314,7 @@ def _opened(func: Any) -> Callable[..., Any]:
 
 
 _OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
+_GRAD = _opened(torch.autograd.grad)
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _SHAPE_BY_ARGUMENTS = {
     torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to,
@@ -270,13 +331,16 @@ def _result_shape(
     if func in _SHAPE_BY_ARGUMENTS:
         return func(args[0].detach(), *args[1:], **kwargs).shape
     if func in BROADCASTING:
-        return torch.broadcast_shapes(*(t.shape for t in tensors_in((args, kwargs))))
+        return _broadcast(*[t.shape for t in tensors_in((args, kwargs))])
     return None
+
+
+_broadcast = functools.lru_cache(maxsize=512)(torch.broadcast_shapes)  # written in Python: slow
 
 
 def _expands(tensor: Tensor, shape: torch.Size) -> bool:
     try:
-        return torch.broadcast_shapes(tensor.shape, shape) == shape
+        return _broadcast(tensor.shape, shape) == shape
     except RuntimeError:
         return False
 
@@ -294,25 +358,17 @@ def _own(out: Tensor) -> Tensor:
     """Return a result that is no view: autograd refuses to have an in-place call on those."""
     if not out._is_view():  # F.linear with a bias folds the leading dims
         return out
-    return torch.ops.aten._unsafe_view(out, out.shape) if out.is_contiguous() else out.clone()
+    return out.data if out.is_contiguous() else out.clone()
 
 
 class _InterceptedCall(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        interception: Interception,
-        rule: Rule,
-        operands: list[Operand | None],
-        anchor: Tensor,
-        x: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, call: _Call, anchor: Tensor, x: Tensor | None) -> Tensor:
+        rule, (weight, bias) = call.rule, call.values
         out = _own(rule.forward(x, weight, bias))
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight)
         # The audit reads these from the graph's nodes; `rows` is filled in before scoring.
-        ctx.interception, ctx.rule, ctx.operands = interception, rule, operands
+        ctx.interception, ctx.rule, ctx.operands = call.interception, rule, call.operands
         if not rule.keeps_input:
             rule.x = None  # a checkpoint drops what is saved above, but not what a rule holds
         ctx.lead, ctx.rows = tuple(out.shape[: rule.num_lead(out if x is None else x)]), None
@@ -322,12 +378,16 @@ class _InterceptedCall(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True; once_differentiable would let some pass
             raise SecondDerivativeError
-        x, *operands = ctx.saved_tensors  # a checkpointed layer runs again here, intercepted
+        x, weight = ctx.saved_tensors  # a checkpointed layer runs again here, intercepted
         with torch._C.DisableTorchFunction():  # the mode has nothing to say to what follows
             outer = torch._C._current_graph_task_id() == ctx.interception.task
             if ctx.interception.observe is not None and outer:
                 ctx.interception.observe(ctx, x, grad)
             # Where an inner backward adds to leaves, such as parameters, it adds to this one too.
             grad_anchor = None if outer else torch.zeros(())
-            grad_x = ctx.rule.input_grad(x, operands, grad) if ctx.needs_input_grad[4] else None
-        return None, None, None, grad_anchor, grad_x, None, None
+            grad_x = ctx.rule.input_grad(x, weight, grad) if ctx.needs_input_grad[2] else None
+        return None, grad_anchor, grad_x
+
+
+# What Function.apply calls after asking for vmap and for default arguments, which are not here.
+_apply = super(torch.autograd.Function, _InterceptedCall).apply

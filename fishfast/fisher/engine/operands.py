@@ -55,11 +55,13 @@ class Operand(NamedTuple):
         tensor: the parameter or a tensor computed from parameters; its graph is kept.
         names: the parameters.
         region: which part of the one parameter it is, or None if it was computed.
+        is_part: whether it is another tensor than the parameter.
     """
 
     tensor: Tensor
     names: tuple[str, ...]
     region: Region | None
+    is_part: bool = True
 
 
 class Tracker:
@@ -77,10 +79,16 @@ class Tracker:
         self.parameters = dict(parameters)
         self.pulled_back: set[str] = set()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._alone = {id(p): frozenset((name,)) for name, p in parameters.items()}
         self._whole = {
-            name: Operand(parameter, (name,), self._region(parameter))
+            name: Operand(parameter, (name,), self._region(parameter), is_part=False)
             for name, parameter in parameters.items()
         }
+
+    def whole(self, tensor: Tensor) -> Operand | None:
+        """Return a tracked parameter as an operand, None for any other tensor."""
+        name = self._names.get(id(tensor))
+        return None if name is None else self._whole[name]
 
     def name(self, tensor: Any) -> str | None:
         """Return the name of a tracked parameter, None for any other object."""
@@ -88,9 +96,9 @@ class Tracker:
 
     def sources(self, tensor: Tensor) -> frozenset[str]:
         """Return the parameters that a tensor is computed from, if from nothing else."""
-        name = self._names.get(id(tensor))
-        if name is not None:
-            return frozenset((name,))
+        alone = self._alone.get(id(tensor))
+        if alone is not None:
+            return alone
         # The mark carries its tracker: a tensor may outlive the scoring that marked it.
         tracker, names, version = getattr(tensor, "_fishfast_sources", _UNMARKED)
         if tracker is not self:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.accumulator import Accumulator
-from fishfast.fisher.engine.audit import Audit, Group
+from fishfast.fisher.engine.audit import Audit
 from fishfast.fisher.engine.operands import Operand, Tracker
+from fishfast.fisher.engine.plan import Group
 from fishfast.fisher.engine.rules import EmbeddingRule
 from fishfast.fisher.engine.together import add_tied_head, add_together
 from fishfast.fisher.engine.uses import LinearUse, Use
@@ -39,6 +40,8 @@ class Recorder:
         self.found = found
         self.unresolved: list[Any] = []
         self.only: set[int] | None = None
+        self._places = {node: place for place, node in enumerate(found.calls)}
+        self._direct = found.plan.scores
         self._waiting: dict[int, list[tuple[Operand, Use]]] = {}
         self._skipped: set[int] = set()
 
@@ -46,13 +49,18 @@ class Recorder:
         """Record one call."""
         if grad.numel() == 0:  # an expert without tokens
             return
-        groups = self.found.groups.get(node)
-        if groups is None:
+        place = self._places.get(node)
+        if place is None:
             names = [operand.names[0] for operand in node.operands if operand is not None]
             raise ValueError(
                 f"the layer of {names[0]!r} runs again inside the backward of a custom autograd "
                 "function, where its gradients cannot be told apart; use torch.utils.checkpoint"
             )
+        scores = self._direct[place]
+        if scores is not None and node.rows is not None and self.only is None:  # nearly always
+            node.rule.add_to(scores, x, grad, node.rows, self.add)
+            return
+        groups = self.found.plan.groups[place]
         wanted = [
             group is not None and (self.only is None or id(group) in self.only) for group in groups
         ]
@@ -78,14 +86,15 @@ class Recorder:
 
     def leave_out(self, node: Any) -> None:
         """Add nothing of a call, and of the uses that are summed with its own."""
-        self._skipped.update(id(group) for group in self.found.groups[node])
+        self._skipped.update(map(id, self.found.plan.groups[self._places[node]]))
 
     def _tokens_of_tied(self, node: Any, group: Group) -> tuple[Tensor, Tensor] | None:
         """Return tokens and samples if all other uses of a head's weight are embeddings."""
-        if any(other in self.found.unproven for other, _ in group):
+        if any(self.found.calls[place] in self.found.unproven for place, _ in group):
             return None  # it may be left out, when the head's part is in the scores
         looked_up = []
-        for other, j in group:
+        for place, j in group:
+            other = self.found.calls[place]
             if other is node:
                 continue
             whole = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fishfast.fisher.checks import is_empty, refuse_mean
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.alone import SampleRecorder
-from fishfast.fisher.engine.audit import Audit, Group
+from fishfast.fisher.engine.audit import Audit
 from fishfast.fisher.engine.backwards import Backwards, Repeated
 from fishfast.fisher.engine.costs import Costs
 from fishfast.fisher.engine.coupling import COUPLED, SamplesReached, names_of, refuse_coupled
@@ -27,9 +27,11 @@ from fishfast.fisher.engine.interception import (
     SecondDerivativeError,
 )
 from fishfast.fisher.engine.operands import is_opaque
+from fishfast.fisher.engine.plan import Group, Plans
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
 from fishfast.fisher.engine.rules import BroadcastRule
+from fishfast.fisher.engine.score_memory import all_finite, buffers_of
 from fishfast.fisher.engine.witness import Witness
 from fishfast.fisher.foreign import local
 from fishfast.fisher.objective import Losses, Objective
@@ -87,9 +89,11 @@ class Scorer:
         self.parameters, self.scores, self.add = parameters, scores, add
         self.interception = Interception(parameters)
         self.costs = Costs()
-        self.forwards = Forwards(model, objective, self.interception, self.costs)
+        self.forwards = Forwards(model, objective, self.interception, Plans(scores), self.costs)
         self.backwards = Backwards(self.interception, self.costs)
         self.rows = RowFinder()
+        self._memory = buffers_of(scores.values())
+        self._noted: Any = None  # what the roads follow from
         self._one_loss_each = False  # known from a batch with several
         self._all_mixed = False  # in every call that a gradient reached
         self.fallback = self.forwards.fallback
@@ -137,7 +141,7 @@ class Scorer:
                     row = following
                 if repeated is not None:
                     repeated.check()
-                if not self._is_finite():
+                if not all_finite(self._memory):
                     raise NotFinite(batch)
         self._note_roads(found)
         return counted, size
@@ -251,9 +255,9 @@ class Scorer:
         """Return the groups of uses that have a parameter of the fallback, by identity."""
         return {
             id(group)
-            for groups in found.groups.values()
+            for groups in found.plan.groups
             for group in groups
-            if group is not None and not self.fallback.keys().isdisjoint(_names_of(group))
+            if group is not None and not self.fallback.keys().isdisjoint(_names_of(group, found))
         }
 
     def _add_batched(
@@ -262,7 +266,7 @@ class Scorer:
         """Score the calls in one backward, but for some groups of uses; return others left out."""
         recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
         if apart:
-            every = (group for groups in found.groups.values() for group in groups)
+            every = (group for groups in found.plan.groups for group in groups)
             recorder.only = {id(group) for group in every if group is not None} - apart
         if not found.calls or recorder.only == set():
             return set()
@@ -329,16 +333,13 @@ class Scorer:
                 for name, grad in recorder.total.items():
                     self.scores[name] += self.add.f(grad)
 
-    def _is_finite(self) -> bool:
-        """Whether the scores are; a gradient that is not ends in them. Waits for the device."""
-        sums: dict[torch.device, list[Tensor]] = {}
-        for score in self.scores.values():
-            sums.setdefault(score.device, []).append(score.sum())
-        if all(bool(torch.stack(parts).isfinite().all()) for parts in sums.values()):
-            return True
-        return all(bool(score.isfinite().all()) for score in self.scores.values())
-
     def _note_roads(self, found: Audit) -> None:
+        in_order = [node.rows is None or node.rows.layout is not None for node in found.calls]
+        pulled_back = self.interception.tracker.pulled_back
+        facts = found.plan, in_order, len(self.fallback), len(pulled_back)
+        if facts == self._noted:
+            return
+        self._noted = facts
         for node in found.calls:
             for operand in node.operands:
                 if operand is None:
@@ -353,7 +354,7 @@ class Scorer:
                     if name not in self.fallback:
                         before = self.roads[name].removesuffix(THROUGH)
                         self.roads[name] = max(before, road, key=_ROADS.index)
-        for name in self.interception.tracker.pulled_back - self.fallback.keys():
+        for name in pulled_back - self.fallback.keys():
             self.roads[name] = self.roads[name].removesuffix(THROUGH) + THROUGH
         for name, reason in self.fallback.items():
             self.roads[name] = f"{ALONE}: {reason}"
@@ -373,5 +374,5 @@ class Scorer:
         )
 
 
-def _names_of(group: Group) -> set[str]:
-    return {name for node, i in group for name in node.operands[i].names}
+def _names_of(group: Group, found: Audit) -> set[str]:
+    return {name for place, i in group for name in found.calls[place].operands[i].names}

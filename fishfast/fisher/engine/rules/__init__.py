@@ -17,6 +17,7 @@ from fishfast.fisher.engine.rules.embedding import EMBEDDING_RULES, EmbeddingRul
 from fishfast.fisher.engine.rules.linear import LINEAR_RULES, LinearRule
 from fishfast.fisher.engine.rules.norm import NORM_RULES
 from fishfast.fisher.engine.rules.rule import Rule, autocast_input
+from fishfast.fisher.engine.rules.scale import SCALE_RULES
 
 __all__ = [
     "BROADCASTING",
@@ -33,4 +34,5 @@ RULES: dict[Callable[..., Any], type[Rule]] = {
     **EMBEDDING_RULES,
     **CONV_RULES,
     **NORM_RULES,
+    **SCALE_RULES,
 }

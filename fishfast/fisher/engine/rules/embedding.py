@@ -40,7 +40,7 @@ class EmbeddingRule(Rule):
         assert weight is not None
         return F.embedding(x, weight, self.options.get("padding_idx"))
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Token ids have no gradient."""
         raise AssertionError("token ids have no gradient")
 
