@@ -17,6 +17,7 @@ from fishfast.fisher.distributed import all_reduce_, announce_failure
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.score_memory import zero_scores
 from fishfast.fisher.engine.scorer import Scorer
+from fishfast.fisher.foreign import as_sharded, refuse_sample_hooks
 from fishfast.fisher.heads import HEADS
 from fishfast.fisher.kind import FISHER_TYPES
 from fishfast.fisher.losses import labelled_batch_losses
@@ -177,11 +178,12 @@ def estimate_fisher(
                 scores, counts, process_group, fisher_type=fisher_type, power=power
             )
     _check_scores(scores, counts[0])
-    return run.result(scores, *counts)
+    return run.result(as_sharded(scores, parameters), *counts)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     refuse_lazy(model)
+    refuse_sample_hooks(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(

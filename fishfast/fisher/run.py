@@ -32,7 +32,7 @@ class Run:
         return Fisher(
             scores, num_samples, scorer.fallback, num_batches=num_batches,
             fisher_type=self.fisher_type, power=scorer.add.power, roads=scorer.roads,
-            passes=scorer.passes, seconds=scorer.seconds,
+            passes=scorer.costs.passes, seconds=scorer.costs.seconds,
         )  # fmt: skip
 
     def _so_far(self) -> Fisher:

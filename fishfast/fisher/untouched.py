@@ -34,8 +34,37 @@ def scoring_mode(model: nn.Module, eval_mode: bool) -> Iterator[None]:
             model.eval()
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        try:
+            if eval_mode:
+                _give_back_modes(model, modes, set())
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _give_back_modes(module: nn.Module, modes: dict[nn.Module, bool], seen: set[nn.Module]) -> None:
+    """Put modules back into their modes through their own ``train()``.
+
+    A model may do more there than set the mode: LeViT drops what it cached in eval mode, loralib
+    takes its updates out of the weights again.
+    """
+    if module in seen:
+        return
+    seen.add(module)
+    inside = [part for part in module.modules() if part in modes]
+    wanted = {modes[part] for part in inside}
+    changed = any(part.training != modes[part] for part in inside)
+    if not changed:
+        return
+    if len(wanted) == 1 or _has_own_train(module):
+        module.train(modes.get(module, module.training))
+    for child in module.children():
+        _give_back_modes(child, modes, seen)
+
+
+def _has_own_train(module: nn.Module) -> bool:
+    """Whether a module does something of its own when it changes its mode."""
+    return type(module).train is not nn.Module.train or "train" in vars(module)
 
 
 @contextlib.contextmanager
@@ -66,17 +95,21 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        scripted = {part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)}
+        self._scripted = [
+            (module, dict(module.named_buffers(recurse=False))) for module in scripted
+        ]
         self._modules = [
             (module, dict(module._buffers), set(module._non_persistent_buffers_set))
             if module._buffers else (module, _NO_BUFFERS, _NO_NAMES)
-            for module in model.modules()
+            for module in model.modules() if module not in scripted
         ]  # fmt: skip
+        named: list[dict[str, torch.Tensor | None]] = [own for _, own, _ in self._modules]
+        named += [dict(own) for _, own in self._scripted]
         buffers = {
             id(buffer): buffer
-            for _, of_module, _ in self._modules
-            for buffer in of_module.values()
-            if buffer is not None
-        }
+            for own in named for buffer in own.values() if buffer is not None
+        }  # fmt: skip
         self._values = [(buffer, buffer.data, buffer.clone()) for buffer in buffers.values()]
 
     @torch.no_grad()
@@ -87,6 +120,10 @@ class Buffers:
                 module._buffers.clear()
                 module._buffers.update(buffers)
                 module._non_persistent_buffers_set = set(non_persistent)
+        for module, own in self._scripted:  # their buffers are attributes of another language
+            for name, buffer in own.items():
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
         for buffer, memory, value in self._values:
             if buffer.shape != memory.shape or buffer.data_ptr() != memory.data_ptr():
                 buffer.data = memory

@@ -55,14 +55,17 @@ class Audit:
         python: those whose gradients pass through Python (a hook, a custom function), which need
             not treat each sample by itself.
         others: leaves with a gradient that are no tracked parameter.
+        num_samples: B.
     """
 
     def __init__(
         self, calls: list[Any], foreign: dict[str, str], plan: Plan, structure: int,
         nodes: list[Any], movers: list[Any], python: list[Any], others: list[Tensor],
+        num_samples: int,
     ) -> None:  # fmt: skip
         self.calls, self.foreign, self.plan, self.structure = calls, foreign, plan, structure
         self.nodes, self.movers, self.python, self.others = nodes, movers, python, others
+        self.num_samples = num_samples
 
     @functools.cached_property
     def groups(self) -> dict[Any, list[Group | None]]:
@@ -148,9 +151,10 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
     python: list[Any] = []
     nodes: list[Any] = []
     others: list[Tensor] = []
-    first: Any = losses.grad_fn
-    numbers = {first: 0}  # in the order in which the walk meets the nodes
-    stack, num_samples = [first], len(losses)
+    num_samples = len(losses)
+    start: list[Any] = [losses.grad_fn] if num_samples else []  # no sample may count
+    numbers = dict.fromkeys(start, 0)  # in the order in which the walk meets the nodes
+    stack = list(start)
     while stack:
         node = stack.pop()
         nodes.append(node)
@@ -186,7 +190,9 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
     structure = hash(tuple(walked))
     plan = plans.of(structure, [node.operands for node in calls])
     python += [node for node in hooked if node in numbers]
-    return Audit(calls, foreign, plan, structure, nodes, movers, python, others)
+    return Audit(
+        calls, foreign, plan, structure, nodes, movers, python, others, num_samples
+    )  # fmt: skip
 
 
 def _answer(name: str, node: Any, num_samples: int) -> Any:

@@ -39,7 +39,7 @@ def _culprit(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
 
     The loss of another sample reaches such a row too, with 0 times infinity.
     """
-    losses, found = scorer.forward(batch)
+    losses, found = scorer.forwards.run(batch)
     scorer.rows.known(found, losses.probe)
     culprits: list[tuple[int, str]] = []
 
@@ -52,7 +52,7 @@ def _culprit(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
         names = [operand.names[0] for operand in node.operands if operand is not None]
         culprits.extend((int(sample), names[0]) for sample in samples[samples >= 0])
 
-    scorer.backward(losses.probe.sum(), look)
+    scorer.backwards.run(losses.probe.sum(), look)
     return culprits[0] if culprits else None
 
 

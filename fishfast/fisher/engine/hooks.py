@@ -1,4 +1,4 @@
-"""The hooks that a forward puts on its tensors, which every backward finds as the forward left them.
+"""The hooks that a forward puts on its tensors: every backward finds them as the forward did.
 
 A model's own backward runs once. Here several run over one graph, and a hook that takes itself off
 (deep equilibrium models do, before they solve for their gradient) must be there in each.

@@ -9,6 +9,8 @@ is left belongs to a call that was not caught, and the audit finds it.
 How eagerly a parameter is caught is its level:
 
 - `EAGER`: at the first call with another tensor or another shape, such as an embedding of tokens;
+- `LATER`: not where it meets nothing but other parameters and constants, as in LoRA's
+  ``W + B @ A``, which is an operand itself;
 - `LAZY`: only where it meets a tensor that has a gradient of its own. A table of positions that is
   looked up once for the whole batch is then an operand itself, of the addition to the tokens;
 - `NEVER`: left to autograd, and scored one sample at a time.
@@ -27,7 +29,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fishfast.fisher.engine.hooks import TensorHook, TensorHooks
-from fishfast.fisher.engine.operands import MARK, Operand, Tracker, tensors_in
+from fishfast.fisher.engine.operands import MARK, Operand, Tracker, is_opaque, tensors_in
+from fishfast.fisher.engine.origins import Origins
 from fishfast.fisher.engine.rules import (
     BROADCASTING,
     RULES,
@@ -38,9 +41,11 @@ from fishfast.fisher.engine.rules import (
 )
 from fishfast.fisher.engine.sites import NEVER, Sites, records
 
-__all__ = ["EAGER", "LAZY", "NEVER", "Interception", "Observer", "SecondDerivativeError"]
+__all__ = [
+    "EAGER", "LATER", "LAZY", "NEVER", "Interception", "Observer", "SecondDerivativeError",
+]  # fmt: skip
 
-EAGER, LAZY = 0, 1  # and NEVER
+EAGER, LATER, LAZY = 0, 1, 2  # and NEVER
 _NONE: frozenset[str] = frozenset()
 
 # Called with an intercepted call's node, its input and the gradient of its output.
@@ -65,7 +70,8 @@ class Interception(TorchFunctionMode):
         task: autograd's number of that backward; one inside it (a hook that calls autograd.grad)
             has another.
         hooks: those that the forward has put on its tensors.
-        most_rows: the largest dim 0 that an intercepted call had since this was set to 1.
+        most_rows: the largest dim 0 that an intercepted call of this forward had.
+        origins: knows which tensors come from the model alone; None where nobody asks.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -78,6 +84,14 @@ class Interception(TorchFunctionMode):
         self.task = -1
         self.hooks = TensorHooks()
         self.most_rows = 1
+        self._one_row: dict[Any, bool] = {}
+        self.origins: Origins | None = None
+
+    def begin(self) -> None:
+        """Forget what an earlier forward has left."""
+        self.most_rows = 1
+        self._one_row.clear()
+        self.hooks.clear()
 
     def __torch_function__(
         self,
@@ -90,7 +104,7 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FACTS:
             return func(*args, **kwargs)
-        if func in RULES:
+        if func in RULES and self.origins is None:
             again = self.sites.rule(func, args, kwargs, self.levels)
             if again is not None:  # nearly always
                 return self._run(again[0], True, again[1])
@@ -125,11 +139,12 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.autograd.grad and data:  # it would not find what the calls have cut off
             raise SecondDerivativeError
-        caught = self._caught(func, args, kwargs, data)
+        opaque = any(is_opaque(tensor) for tensor in tensors_in((args, kwargs)))
+        caught = None if opaque else self._caught(func, args, kwargs, data)
         if caught is not None:
             return caught
         result = func(*args, **kwargs)
-        self.tracker.mark(result, frozenset() if data else names)
+        self.tracker.mark(result, frozenset() if data or opaque else names)
         return result
 
     def _hooked(self, tensor: Tensor, hook: Callable[[Tensor], Any]) -> TensorHook:
@@ -141,7 +156,8 @@ class Interception(TorchFunctionMode):
         inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
         if any(self._sources(tensor) for tensor in tensors_in(inputs)):
             raise SecondDerivativeError
-        return torch.autograd.grad(*args, **kwargs)
+        with self:  # a checkpointed layer runs again in there
+            return _GRAD(*args, **kwargs)
 
     def _sources(self, tensor: Tensor) -> frozenset[str]:
         """Return the parameters that a tensor is computed from, if from nothing else.
@@ -162,18 +178,24 @@ class Interception(TorchFunctionMode):
             rule = None
         if rule is not None:
             operands = self._parameters(rule)
-            if operands is not None and rule.x.requires_grad and not self._sources(rule.x):
+            in_the_midst = operands is not None and rule.x.requires_grad and self.origins is None
+            if in_the_midst and not self._sources(rule.x):
                 self.sites.remember(func, args, kwargs, rule, operands)
                 return self._run(rule, True, operands)
             x_comes_from_parameters = rule.x.requires_grad and bool(self._sources(rule.x))
             if self._all_tracked(rule):
-                constant = x_comes_from_parameters or not rule.x.requires_grad
+                level = self._level(rule.operands)
                 # Position ids [1, T], behind token ids [B, T]: caught later, without being asked.
-                for_the_whole_batch = rule.x.shape[0] == 1 < self.most_rows
-                if constant and (self._is_lazy(rule.operands) or for_the_whole_batch):
+                for_the_whole_batch = self._is_one_row(rule)
+                if not rule.x.requires_grad and (level == LAZY or for_the_whole_batch):
+                    return None
+                if x_comes_from_parameters and (level >= LATER or for_the_whole_batch):
                     return None
                 if x_comes_from_parameters:
                     rule.x = self._expanded(rule.x, rule.x.shape, data)
+                    rule.sees_data = False
+                elif self.origins is not None:
+                    rule.sees_data = not self.origins.knows(rule.x)
                 return self._run(rule, data)
             if not x_comes_from_parameters:
                 return None
@@ -200,7 +222,8 @@ class Interception(TorchFunctionMode):
             if func is F.scaled_dot_product_attention:
                 known &= value is kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             target = shape if shape is not None and known else value.shape
-            meets_nothing = not data and (target == value.shape or self._is_lazy((value,)))
+            later = self._level((value,)) >= LATER
+            meets_nothing = not data and (target == value.shape or later)
             if not self._sources(value) or len(target) == 0 or meets_nothing:
                 return value
             reached = True
@@ -210,18 +233,27 @@ class Interception(TorchFunctionMode):
         kwargs = {key: intercepted(value) for key, value in kwargs.items()}
         return func(*args, **kwargs) if reached else None
 
+    def _is_one_row(self, rule: Rule) -> bool:
+        """Whether a call has one row where others had more; the same when a checkpoint runs again."""
+        names = tuple(name for t in rule.operands if t is not None for name in self._sources(t))
+        key = (names, rule.x.shape)
+        if key not in self._one_row:
+            self._one_row[key] = rule.x.shape[0] == 1 < self.most_rows
+        return self._one_row[key]
+
     def _is_weight_from_the_left(self, weight: Tensor, x: Tensor) -> bool:
         """Whether a product is that of a matrix of parameters and of data, with a batch dim."""
         learned = weight.requires_grad and bool(self._sources(weight))
         return learned and weight.dim() == 2 and x.dim() >= 3 and not self._sources(x)
 
-    def _is_lazy(self, operands: tuple[Tensor | None, ...]) -> bool:
-        """Whether any of these parameters is caught only where it meets the data."""
-        return any(
-            self.levels[name] == LAZY
+    def _level(self, operands: tuple[Tensor | None, ...]) -> int:
+        """Return the highest level of the parameters that these come from."""
+        levels = (
+            self.levels[name]
             for tensor in operands if tensor is not None and tensor.requires_grad
             for name in self._sources(tensor)
         )  # fmt: skip
+        return max(levels, default=EAGER)
 
     def _all_tracked(self, rule: Rule) -> bool:
         """Whether the operands that have a gradient come from tracked parameters, one at least."""
@@ -229,7 +261,9 @@ class Interception(TorchFunctionMode):
         return bool(learned) and all(self._sources(t) for t in learned)
 
     def _expanded(self, operand: Tensor, shape: torch.Size, data: bool) -> Tensor:
-        return self._run(BroadcastRule(operand, shape), data)
+        rule = BroadcastRule(operand, shape)
+        rule.sees_data = data
+        return self._run(rule, data)
 
     def _parameters(self, rule: Rule) -> list[Operand | None] | None:
         """Return the operands of a call whose weight and bias are parameters as they are."""
@@ -286,6 +320,7 @@ def _opened(func: Any) -> Callable[..., Any]:
 
 
 _OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
+_GRAD = _opened(torch.autograd.grad)
 _LOOKED_FOR = {torch.Tensor.register_hook, torch.autograd.grad, *_OPENED}
 # What a tensor is asked: the answer is none.
 _FACTS = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fishfast.fisher.engine.gradients import gradients
 
-__all__ = ["MARK", "Operand", "Region", "Tracker", "disjoint_groups", "tensors_in"]
+__all__ = ["MARK", "Operand", "Region", "Tracker", "disjoint_groups", "is_opaque", "tensors_in"]
 
 # Backward nodes of calls that treat every element by itself.
 _BY_ELEMENT = {
@@ -208,6 +208,23 @@ class Tracker:
             for name, column in zip(operand.names, columns, strict=True)
             if column[0] is not None
         }
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Return whether a tensor runs torch's operations in a way of its own.
+
+    Nested tensors, DTensors and quantized weights do: no rule knows how.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        Whether it does.
+    """
+    return type(tensor).__torch_dispatch__ is not _PLAIN or tensor.is_nested
+
+
+_PLAIN = Tensor.__torch_dispatch__
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

@@ -35,34 +35,39 @@ class Consumer(NamedTuple):
     output: int
 
 
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Element by element, broadcast: dims are those of the result, counted from the last one.
-_BY_ELEMENT = set(
-    "Abs Acos Add Addcdiv Addcmul Alias Angle Asin Atan Atan2 BinaryCrossEntropy "
-    "BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Copysign Cos Cosh Copy "
-    "Div Elu Erf Erfc Exp Exp2 Expand Expm1 Floor Frac Gelu Hardshrink Hardsigmoid Hardswish "
-    "Hardtanh HuberLoss KlDiv LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp "
-    "MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Pow Prelu PreluKernel "
-    "Reciprocal Relu Repeat Round Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh SmoothL1Loss "
-    "SoftMarginLoss Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where "
-    "Xlogy".split()
-)
-# Of as many dims as the result; the sample must be another dim than the ones that they work along.
-_ALONG = set(
-    "Cat ConstantPadNd Cummax Cummin Cumprod Cumsum Flip Gather Glu IndexAdd IndexFill IndexSelect "
-    "LogSoftmax Logcumsumexp Roll SafeSoftmax Scatter ScatterAdd Slice Softmax Sort Split "
-    "SplitWithSizes Topk".split()
-)
+_BY_ELEMENT = _names("""
+    Abs Acos Add Addcdiv Addcmul Alias Angle Asin Atan Atan2 BinaryCrossEntropy
+    BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Copy Copysign Cos Cosh Div
+    Elu Erf Erfc Exp Exp2 Expand Expm1 Floor Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh
+    HuberLoss KlDiv LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp MaskedFill
+    Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Pow Prelu PreluKernel Reciprocal
+    Relu Repeat Round Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh SmoothL1Loss SoftMarginLoss
+    Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where Xlogy
+""")
+# Of as many dims as the result; the sample must be another dim than those that they work along.
+_ALONG = _names("""
+    Cat ConstantPadNd Cummax Cummin Cumprod Cumsum Flip Gather Glu IndexAdd IndexFill IndexSelect
+    LogSoftmax Logcumsumexp Roll SafeSoftmax Scatter ScatterAdd Slice Softmax Sort Split
+    SplitWithSizes Topk
+""")
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 # Image by image: dim 0 of the first argument (GridSampler: of both) is that of the result.
-_BY_IMAGE = set(
-    "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D "
-    "ChannelShuffle Col2Im Convolution CudnnBatchNorm CudnnConvolution FractionalMaxPool2D "
-    "GridSampler2D GridSampler3D Im2Col MaxPool2DWithIndices MaxPool3DWithIndices MkldnnConvolution "
-    "NativeBatchNorm NativeGroupNorm PixelShuffle PixelUnshuffle ReflectionPad1D ReflectionPad2D "
-    "ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D UpsampleBicubic2D "
-    "UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D "
-    "UpsampleTrilinear3D".split()
-)
+_BY_IMAGE = _names("""
+    AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D
+    ChannelShuffle Col2Im Convolution CudnnBatchNorm CudnnConvolution FractionalMaxPool2D
+    GridSampler2D GridSampler3D Im2Col MaxPool2DWithIndices MaxPool3DWithIndices MkldnnConvolution
+    NativeBatchNorm NativeGroupNorm PixelShuffle PixelUnshuffle ReflectionPad1D ReflectionPad2D
+    ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D UpsampleBicubic2D
+    UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D
+    UpsampleTrilinear3D
+""")
 # Products of matrices: the place among the arguments of the left factor; the right one follows.
 _PRODUCTS = {"Mm": 0, "Bmm": 0, "Addmm": 1, "Baddbmm": 1, "Mv": 0, "Cdist": 0}
 
@@ -133,14 +138,21 @@ def _of_argument(
 
 
 def is_python(node: Any) -> bool:
-    """Whether a node is a function of the model's author, who may do there what they like.
+    """Return whether a node is a function of the model's author, who may do there what they like.
 
     Those of torch and transformers (Bloom's GELU) treat every sample by itself; not so hooks.
+
+    Args:
+        node: of the graph.
+
+    Returns:
+        Whether it is.
     """
     if not isinstance(node, BackwardCFunction) or hasattr(node, "rule"):
         return False
-    module = node._forward_cls.__module__.partition(".")[0]  # type: ignore[attr-defined]
-    return module not in {"torch", "transformers"} or "Hook" in node.name()
+    function: Any = node
+    library = function._forward_cls.__module__.partition(".")[0]
+    return library not in {"torch", "transformers"} or "Hook" in function.name()
 
 
 def _uncut(
@@ -229,7 +241,7 @@ def _dim_of_argument(
 def _turned(node: Any, name: str, dim: int, num_dims: int) -> int:
     if name == "Permute":
         return signed_dim(node._saved_dims[dim], num_dims)
-    pair = (0, 1)
+    pair: tuple[int, ...] = (0, 1)
     if name == "Transpose":
         pair = tuple(signed_dim(d, num_dims) for d in (node._saved_dim0, node._saved_dim1))
     return pair[1 - pair.index(dim)] if dim in pair else dim

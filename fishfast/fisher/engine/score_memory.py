@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fishfast.fisher.foreign import zeros_of_part
+
 __all__ = ["all_finite", "buffers_of", "zero_scores"]
 
 _ALIGNED = 64  # elements: 256 bytes, as torch's own allocations on a GPU; vector loads ask for 16
@@ -31,7 +33,7 @@ def zero_scores(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     scores = {}
     for name, parameter in parameters.items():
         if name not in places:  # a subclass lays its elements out by itself
-            scores[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            scores[name] = zeros_of_part(parameter)
             continue
         like = torch.empty_like(parameter, dtype=torch.float32, device="meta")
         buffer = flat[parameter.device]

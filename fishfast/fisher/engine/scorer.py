@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fishfast.fisher.batch_copy import copied_batch
+from fishfast.fisher.checks import is_empty, refuse_mean
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.alone import SampleRecorder
-from fishfast.fisher.engine.audit import Audit, audit
-from fishfast.fisher.engine.eager import checkpoints_not_reentrant, not_compiled
-from fishfast.fisher.engine.gradients import gradients
+from fishfast.fisher.engine.audit import Audit
+from fishfast.fisher.engine.backwards import Backwards, Repeated
+from fishfast.fisher.engine.costs import Costs
+from fishfast.fisher.engine.coupling import COUPLED, SamplesReached, names_of, refuse_coupled
+from fishfast.fisher.engine.eager import checkpoints_run_again, not_compiled
+from fishfast.fisher.engine.forwards import Forwards
 from fishfast.fisher.engine.interception import (
     EAGER,
+    LATER,
     LAZY,
-    NEVER,
     Interception,
-    Observer,
     SecondDerivativeError,
 )
+from fishfast.fisher.engine.operands import is_opaque
 from fishfast.fisher.engine.plan import Group, Plans
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
-from fishfast.fisher.engine.rows import layouts
 from fishfast.fisher.engine.rules import BroadcastRule, ScaleRule
 from fishfast.fisher.engine.score_memory import all_finite, buffers_of
 from fishfast.fisher.engine.witness import Witness
+from fishfast.fisher.foreign import local
 from fishfast.fisher.objective import Losses, Objective
 from fishfast.fisher.result import Fisher
-from fishfast.fisher.score_files import WORK
-from fishfast.fisher.untouched import Buffers, OwnRandomState
 
 __all__ = ["NotFinite", "Scorer"]
 
@@ -43,28 +43,14 @@ UNUSED, BATCHED = "not used", "batched"
 NOT_REACHED = "not reached by losses that reach other tensors"
 EXPANDED, SORTED = "batched, where it meets the data", "batched, rows sorted by sample"
 ALONE = "one sample at a time"
-_ROADS = (
-    UNUSED,
-    NOT_REACHED,
-    BATCHED,
-    EXPANDED,
-    SORTED,
-)  # a parameter's road is the last of those it takes
+# A parameter's road is the last of those it takes.
+_ROADS = (UNUSED, NOT_REACHED, BATCHED, EXPANDED, SORTED)
 
 # Added to a road: weight norm, a recurrent layer over the data itself, a table that is looked up.
 THROUGH = "; sample by sample through what is computed from it"
 
-_COUPLED = (
-    "loss_fn must return losses that depend on one sample each; the gradient of one loss reaches "
-    "other samples in every batched layer, {0!r} for one (a batch mean, or a loss between "
-    "samples); use reduction='none'"
-)
-
+_MIXED = "the gradient of one loss reaches several rows of its call"
 _NOT_BY_SAMPLE = "a hook or a custom autograd function works on the whole batch's gradient"
-_HIDDEN = (
-    "layers must not run again inside the backward of a custom autograd function, where their "
-    "gradients cannot be told apart; use torch.utils.checkpoint"
-)
 
 
 class NotFinite(Exception):
@@ -88,8 +74,7 @@ class Scorer:
     Attributes:
         fallback: name -> reason, for parameters that are scored one sample at a time.
         roads: name -> how its gradients are caught.
-        passes: how many forward and backward passes each phase took.
-        seconds: how long each phase took, by the wall clock.
+        costs: passes, and the seconds that they took.
     """
 
     def __init__(
@@ -103,25 +88,28 @@ class Scorer:
         self.model, self.objective = model, objective
         self.parameters, self.scores, self.add = parameters, scores, add
         self.interception = Interception(parameters)
+        self.costs = Costs()
+        self.forwards = Forwards(model, objective, self.interception, Plans(scores), self.costs)
+        self.backwards = Backwards(self.interception, self.costs)
         self.rows = RowFinder()
-        self._plans = Plans(scores)
         self._memory = buffers_of(scores.values())
-        self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
         self._noted: Any = None  # what the roads follow from
-        self.random_state = OwnRandomState(score.device for score in scores.values())
-        self._first: tuple[list[str], Tensor] | None = None
-        self._other_shapes: set[tuple[int, ...]] = set()
-        self.fallback: dict[str, str] = {}
+        self._one_loss_each = False  # known from a batch with several
+        self._all_mixed = False  # in every call that a gradient reached
+        self.fallback = self.forwards.fallback
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
-        self.passes = dict.fromkeys(WORK, 0)
-        self.seconds = dict.fromkeys(WORK, 0.0)
+        self.forwards.leave_to_autograd({
+            name: f"a {type(p).__name__}, which has no rule"
+            for name, p in parameters.items() if is_opaque(p)
+        })  # fmt: skip
 
     def go_on(self, before: Fisher) -> None:
         """Take over the roads and the cost of the part of a run that was scored before."""
-        self._leave_to_autograd(before.fallback)
+        self.forwards.leave_to_autograd(before.fallback)
+        self.forwards.reached = True
         self.roads.update(before.roads)
-        self.passes.update(before.passes)
-        self.seconds.update(before.seconds)
+        self.costs.passes.update(before.passes)
+        self.costs.seconds.update(before.seconds)
 
     def add_batch(self, batch: Any, limit: int | None) -> tuple[int, int]:
         """Score at most ``limit`` samples of a batch.
@@ -132,9 +120,16 @@ class Scorer:
         Raises:
             NotFinite: the scores are not, and cannot be used any more.
         """
+        if is_empty(batch):
+            return 0, 0
         with self.scoring():
-            self._buffers = None
-            losses, found = self._settled(batch)
+            losses, found = self.forwards.first(batch)
+            if len(losses.probe) == 0:
+                return 0, 0
+            if losses.mean_of is not None and not self._one_loss_each:
+                losses, found = self._refuse_mean(losses, losses.mean_of, batch)
+            self._one_loss_each |= len(losses.probe) > 1
+            losses, found, repeated = self._settled(losses, found, batch)
             size = len(losses.probe)
             counted = size if limit is None else min(limit, size)
             with self._no_autocast():
@@ -144,15 +139,12 @@ class Scorer:
                     following = next(rows, None)
                     self._add_row(row, counted, found, last=following is None)
                     row = following
-                self._check_repeats(losses.probe)
+                if repeated is not None:
+                    repeated.check()
                 if not all_finite(self._memory):
                     raise NotFinite(batch)
         self._note_roads(found)
         return counted, size
-
-    def _no_autocast(self) -> contextlib.AbstractContextManager[Any]:
-        device = next(iter(self.parameters.values())).device.type
-        return torch.autocast(device, enabled=False)
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
@@ -162,154 +154,64 @@ class Scorer:
         """
         with (
             not_compiled(),
-            checkpoints_not_reentrant(),
+            checkpoints_run_again(),
             torch.enable_grad(),
             torch.autograd.set_multithreading_enabled(False),
-            self.random_state,
+            self.forwards.random_state,
             self.interception,
         ):
             try:
                 yield
             finally:
-                self.interception.hooks.clear()
+                self.interception.begin()  # what hooks hold is the graph
 
-    @contextlib.contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
+    def _no_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        device = next(iter(self.parameters.values())).device.type
+        return torch.autocast(device, enabled=False)
 
-    def _settled(self, batch: Any) -> tuple[Losses, Audit]:
-        """Run the forward, twice where calls are caught better later on; give calls their rows."""
-        try:
-            losses, found = self.forward(batch)
-        except SecondDerivativeError:
-            self._leave_all_to_autograd()
-            losses, found = self.forward(batch)
-            losses, found = self._again(batch, losses, "it takes gradients itself")
-        self._check_reached(found)
+    def _settled(
+        self, losses: Losses, found: Audit, batch: Any
+    ) -> tuple[Losses, Audit, Repeated | None]:
+        """Give calls their rows; run the forward again while some are caught better later on."""
         while True:
             try:
                 with self._no_autocast():
-                    self._note_first_backward(losses.probe, found)
-                    if not self._catch_later(self._find_rows(losses.probe, found)):
-                        return losses, found
+                    repeated = None
+                    if found.python and self.rows.is_new(found):
+                        inputs = [self.parameters[name] for name in self.fallback]
+                        repeated = Repeated(self.backwards, losses.probe, inputs)
+                    several = self._find_rows(losses.probe, found)
+                if several and self._all_mixed:
+                    self._refuse_coupled(several, losses, found, batch)
+                if not self._catch_later(several, found):
+                    return losses, found, repeated
                 why = "a parameter is used before it meets the data"
             except SecondDerivativeError:
-                self._leave_all_to_autograd()
+                self.forwards.leave_all_to_autograd()
                 why = "a hook takes gradients itself"
-            losses, found = self._again(batch, losses, why)
+            losses, found = self.forwards.again(batch, losses, why)
 
-    def forward(self, batch: Any) -> tuple[Losses, Audit]:
-        """Run the forward once; what calls do not cover is left to autograd."""
-        if self._buffers is None:
-            self._buffers = Buffers(self.model)
-        else:  # a model that counts in its buffers, or draws, does so once for this batch
-            self._buffers.put_back()
-            self.random_state.start_over()
-        copied, tensors = copied_batch(batch)
-        versions = [tensor._version for tensor in tensors]
-        self.passes["forward"] += 1
-        self.interception.most_rows = 1
-        self.interception.hooks.clear()
-        self.interception.levels.update(dict.fromkeys(self.fallback, NEVER))
-        with self._timed("forward"):
-            losses = self.objective(self.model, copied)
-            hooked = self.interception.hooks.settle()
-            found = audit(losses.probe, self.interception.tracker, hooked, self._plans)
-        if versions != [tensor._version for tensor in tensors]:
-            raise ValueError(
-                "loss_fn must leave the batch's tensors as they are, because a forward may run "
-                "again; it changed one in place; work on a copy"
-            )
-        stale = [name for name in _names(found.calls) if name in self.fallback]
-        if stale:
-            raise ValueError(
-                "a model must not use tensors of an earlier forward, such as cached features; "
-                f"it does, behind {stale[0]!r}; clear them before scoring"
-            )
-        self._leave_to_autograd({
-            name: f"used by {call}, which has no rule for it"
-            for name, call in found.foreign.items()
-            if name not in self.fallback
-        })  # fmt: skip
-        return losses, found
-
-    def _again(self, batch: Any, before: Losses, why: str) -> tuple[Losses, Audit]:
-        """Run the forward again, which must give the same losses."""
-        old = before.probe.detach()
-        losses, found = self.forward(batch)
-        new = losses.probe.detach()
-        if not _are_equal(old, new, self.parameters.values()):
-            first, second = "other numbers of losses", ""
-            if old.shape == new.shape:
-                index = int((old - new).abs().argmax())
-                first, second = f"{float(old[index]):.6g}, then ", f"{float(new[index]):.6g}"
-                second += f" for sample {index}"
-            raise ValueError(
-                "loss_fn must give the same losses when it runs again on the same batch, as it has "
-                f"to here ({why}); got {first}{second}; something changes from call to call, such "
-                "as a hidden state or a counter that the model or loss_fn keeps; set it at the "
-                "start of each call, or keep it in the batch"
-            )
-        return losses, found
-
-    def _check_reached(self, found: Audit) -> None:
-        """Refuse losses of another model's parameters."""
-        others = [leaf for leaf in found.others if leaf is not self.interception.anchor]
-        self._other_shapes.update(tuple(leaf.shape) for leaf in others)
-        if found.calls or found.foreign or any(road != UNUSED for road in self.roads.values()):
-            return
-        names = ", ".join(map(repr, list(self.parameters)[:3]))
-        raise ValueError(
-            f"losses must depend on the model's parameters; none reaches {names}"
-            f"{', ...' if len(self.parameters) > 3 else ''}, though other tensors have a gradient; "
-            "score the model that loss_fn calls, not another copy of it (an average, a prepared "
-            "or compiled copy, or one whose weights FSDP keeps elsewhere)"
-        )
-
-    def note_unreached(self) -> None:
-        """Say which parameters no loss has reached, where the losses reach others instead."""
-        unused = [name for name, road in self.roads.items() if road == UNUSED]
-        if not unused or not self._other_shapes:
-            return
-        self.roads.update(dict.fromkeys(unused, NOT_REACHED))
-        warnings.warn(
-            f"no loss reaches {', '.join(map(repr, unused[:3]))}"
-            f"{', ...' if len(unused) > 3 else ''}, whose scores are 0, but losses reach trainable "
-            f"tensors that are not the model's, of shape {min(self._other_shapes)} for one; if "
-            "those take the parameters' place, score the model that loss_fn calls",
-            stacklevel=5,
-        )
-
-    def _leave_to_autograd(self, reasons: Mapping[str, str]) -> None:
-        """From the next forward on; checkpoints of this one run again as it has run."""
-        self.fallback.update(reasons)
-
-    def _leave_all_to_autograd(self) -> None:
-        reason = "loss_fn takes gradients itself"
-        self._leave_to_autograd(
-            {name: reason for name in self.parameters if name not in self.fallback}
-        )
-
-    def _catch_later(self, nodes: list[Any]) -> bool:
+    def _catch_later(self, nodes: list[Any], found: Audit) -> bool:
         """Catch the operands of calls with mixed rows further on, or not at all.
 
         Returns:
             Whether another forward can catch some of them where they meet the data.
         """
-        later = False
-        for node in nodes:
-            names = _names([node])
-            eager = all(self.interception.levels[name] == EAGER for name in names)
-            if eager and not node.rule.meets_data:
-                self.interception.levels.update(dict.fromkeys(names, LAZY))
-                later = True
-        for name in _names(nodes):
-            if self.interception.levels[name] == EAGER or not later:
-                reason = "the gradient of one loss reaches several rows of its call"
-                self._leave_to_autograd({name: reason})
-        return later
+        by_python = [node for node in nodes if node in found.unproven]
+        self.forwards.leave_to_autograd(dict.fromkeys(names_of(by_python), _NOT_BY_SAMPLE))
+        levels, nodes = self.interception.levels, [n for n in nodes if n not in found.unproven]
+        sees_data = set(names_of([node for node in nodes if node.rule.sees_data]))
+        early = [n for n in names_of(nodes) if levels[n] == EAGER and n not in sees_data]
+        # What seems to be data to other calls may be computed from these.
+        if early:
+            levels.update(dict.fromkeys(early, LATER))
+            return True
+        waiting = names_of([node for node in nodes if not node.rule.meets_data])
+        if early := [name for name in waiting if levels[name] < LAZY]:
+            levels.update(dict.fromkeys(early, LAZY))
+            return True
+        self.forwards.leave_to_autograd(dict.fromkeys(names_of(nodes), _MIXED))
+        return False
 
     def _find_rows(self, losses: Tensor, found: Audit) -> list[Any]:
         """Give every call its rows; return those where samples mix."""
@@ -318,21 +220,30 @@ class Scorer:
 
     def _probe(self, nodes: list[Any], losses: Tensor, found: Audit) -> list[Any]:
         def backward(weights: Tensor) -> None:
-            self.passes["probe"] += 1
-            self.backward((losses * weights).sum(), self.rows.observe)
+            self.costs.passes["probe"] += 1
+            self.backwards.run((losses * weights).sum(), self.rows.observe)
 
-        with self._timed("probe"):
+        with self.costs.of("probe"):
             several, reached = self.rows.find(nodes, found, len(losses), losses, backward)
-        # Only a call that could have the samples in its rows says something about the losses.
-        telling = [
-            node for node in several
-            if not isinstance(node.rule, BroadcastRule) and layouts(node.lead, len(losses))
-            and node not in found.unproven
-        ]  # fmt: skip
         told_apart = any(node.rows is not None for node in found.calls if node not in several)
-        if telling and len(several) == len(reached) and not told_apart:
-            raise ValueError(_COUPLED.format(_names(telling)[0]))
+        self._all_mixed = len(several) == len(reached) and not told_apart
         return several
+
+    def _refuse_coupled(self, several: list[Any], losses: Losses, found: Audit, batch: Any) -> None:
+        def with_origins() -> Audit:
+            return self.forwards.again(batch, losses, "samples mix in every layer", True)[1]
+
+        refuse_coupled([n for n in several if n not in found.unproven], found, with_origins)
+
+    def _refuse_mean(self, losses: Losses, size: int, batch: Any) -> tuple[Losses, Audit]:
+        """Refuse one loss for several samples; one that has given several does not take means."""
+        losses, found = self.forwards.again(batch, losses, "one loss for several samples", True)
+        reached = SamplesReached(size)
+        with self.costs.of("probe", passes=1):
+            self.backwards.run(losses.probe.sum(), reached.observe)
+        if reached.most > 1:
+            refuse_mean(size)
+        return losses, found
 
     def _add_row(self, losses: Tensor, counted: int, found: Audit, last: bool) -> None:
         """Score a vector of losses: batched calls, then what is left, one sample at a time."""
@@ -365,74 +276,39 @@ class Scorer:
             not last or bool(self.fallback) or bool(found.python)
             or any(n.rows is None for n in found.calls)
         )  # fmt: skip
-        witness = self._witness(losses, counted, found)
-
-        def observe(node: Any, x: Tensor | None, grad: Tensor) -> None:
-            if witness is not None and not witness.agrees(node, grad):
-                recorder.leave_out(node)
-                self._leave_to_autograd(dict.fromkeys(_names([node]), _NOT_BY_SAMPLE))
-                return
-            recorder.observe(node, x, grad)
-
+        observe = recorder.observe
+        if found.unproven and counted > 1:
+            observe = self._checked(recorder, losses, counted, found)
         while True:
-            self.passes["backward"] += 1
-            with self._timed("backward"):
-                self.backward(total, observe, keep_graph)
+            with self.costs.of("backward", passes=1):
+                self.backwards.run(total, observe, keep_graph)
                 left_out = recorder.finish()
             if not recorder.unresolved:
                 return left_out
             # A call that no gradient had reached before, and whose rows are not known yet.
             if mixed := self._probe(recorder.unresolved, losses, found):
-                raise ValueError(_COUPLED.format(_names(mixed)[0]))
+                raise ValueError(COUPLED.format(names_of(mixed)[0]))
             if any(node.rows is None for node in recorder.unresolved):
                 return left_out
             recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
-            recorder.only = left_out
+            recorder.only, observe = left_out, recorder.observe
 
-    def _witness(self, losses: Tensor, counted: int, found: Audit) -> Witness | None:
-        """Look at gradients of other losses' weights, where Python stands between."""
-        if not found.unproven or counted < 2:
-            return None
+    def _checked(self, recorder: Recorder, losses: Tensor, counted: int, found: Audit) -> Any:
+        """Record calls behind Python only if each sample's gradient is its own."""
         witness = Witness(self.rows.signature, found.unproven, len(losses), counted)
-        self.passes["probe"] += 1
-        with self._timed("probe"):
+        with self.costs.of("probe", passes=1):
             weights = witness.weights.to(losses.device, losses.dtype)
-            self.backward((losses * weights).sum(), witness.observe)
-        return witness
-
-    def _note_first_backward(self, losses: Tensor, found: Audit) -> None:
-        """Keep what the first backward through Python gives, to compare a later one with it."""
-        self._first = None
-        if found.python and self.rows.is_new(found):
-            names = list(self.fallback)
-            self._first = (names, self._sizes(losses, names))
-
-    def _check_repeats(self, losses: Tensor) -> None:
-        """Refuse a backward that is another one when it runs again."""
-        if self._first is None:
-            return
-        names, first = self._first
-        if not torch.allclose(self._sizes(losses, names), first, rtol=1e-3, atol=0, equal_nan=True):
-            raise ValueError(
-                "gradients must be the same when a backward runs again over one graph; they are "
-                "not, behind a hook or a custom autograd function that keeps something from call "
-                "to call; nothing of this call was kept; make it forget, or give batches of one "
-                "sample and take the gradients in a loop"
-            )
-
-    def _sizes(self, losses: Tensor, names: list[str]) -> Tensor:
-        """Return the size of each call's gradient, and of those of parameters."""
-        sizes: list[Tensor] = []
+            self.backwards.run((losses * weights).sum(), witness.observe)
 
         def observe(node: Any, x: Tensor | None, grad: Tensor) -> None:
-            sizes.append(grad.double().norm())
+            if witness.agrees(node, grad):
+                recorder.observe(node, x, grad)
+            else:
+                recorder.leave_out(node)
+                names = dict.fromkeys(names_of([node]), _NOT_BY_SAMPLE)
+                self.forwards.leave_to_autograd(names)
 
-        self.passes["probe"] += 1
-        with self._timed("probe"):
-            inputs = [self.parameters[name] for name in names]
-            grads = self.backward(losses.sum(), observe, inputs=inputs)[: len(names)]
-        sizes += [grad.double().norm() for grad in grads if grad is not None]
-        return torch.stack([size.cpu() for size in sizes] or [torch.zeros(())])
+        return observe
 
     def _add_alone(self, losses: Tensor, found: Audit, groups: set[int]) -> None:
         """One backward per sample, for parameters that no rule covers and some groups of uses.
@@ -445,45 +321,17 @@ class Scorer:
             return
         inputs = [self.parameters[name] for name in names]
         phase = "fallback" if names else "backward"
-        with self._timed(phase):
+        with self.costs.of(phase, passes=len(losses)):
             for loss in losses:
-                self.passes[phase] += 1
                 recorder = SampleRecorder(self.interception.tracker, found, groups)
-                grads = self.backward(loss, recorder.observe if groups else None, inputs=inputs)
-                for name, grad in zip(names, grads, strict=False):
+                grads = self.backwards.run(
+                    loss, recorder.observe if groups else None, inputs=inputs
+                )
+                for name, grad in zip(names, grads, strict=True):
                     if grad is not None:
-                        recorder.add(name, grad)
+                        recorder.add(name, local(grad, like=self.parameters[name]))
                 for name, grad in recorder.total.items():
                     self.scores[name] += self.add.f(grad)
-
-    def backward(
-        self, loss: Tensor, observe: Observer | None, keep_graph: bool = True,
-        inputs: Sequence[Tensor] = (),
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Run the backward of all intercepted calls; their weights' gradients are not computed.
-
-        Returns:
-            The gradients of ``inputs``.
-        """
-        interception, anchor = self.interception, self.interception.anchor
-        interception.hooks.rearm()
-        interception.observe = observe
-
-        def note_task(_: Any) -> None:
-            interception.task = torch._C._current_graph_task_id()
-
-        node: Any = loss.grad_fn
-        handle = node.register_prehook(note_task)
-        try:
-            inputs = [*inputs, anchor] if observe is not None else inputs
-            grads = gradients(loss, inputs, keep_graph=keep_graph)
-        finally:
-            handle.remove()
-            interception.observe, interception.task = None, -1
-        if anchor.grad is not None:
-            anchor.grad = None
-            raise ValueError(_HIDDEN)
-        return grads
 
     def _note_roads(self, found: Audit) -> None:
         in_order = [node.rows is None or node.rows.layout is not None for node in found.calls]
@@ -511,20 +359,20 @@ class Scorer:
         for name, reason in self.fallback.items():
             self.roads[name] = f"{ALONE}: {reason}"
 
-
-def _are_equal(old: Tensor, new: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """Whether losses are the same, but for rounding in calls that are caught elsewhere."""
-    if old.shape != new.shape:
-        return False
-    eps = max(torch.finfo(t.dtype).eps for t in (old, *parameters))
-    return bool(((old - new).abs() <= min(1000 * eps, 0.05) * old.abs().max()).all())
+    def note_unreached(self) -> None:
+        """Say which parameters no loss has reached, where the losses reach others instead."""
+        unused = [name for name, road in self.roads.items() if road == UNUSED]
+        if not unused or not self.forwards.others:
+            return
+        self.roads.update(dict.fromkeys(unused, NOT_REACHED))
+        warnings.warn(
+            f"no loss reaches {', '.join(map(repr, unused[:3]))}"
+            f"{', ...' if len(unused) > 3 else ''}, whose scores are 0, but losses reach trainable "
+            f"tensors that are not the model's, of shape {min(self.forwards.others)} for one; if "
+            "those take the parameters' place, score the model that loss_fn calls",
+            stacklevel=5,
+        )
 
 
 def _names_of(group: Group, found: Audit) -> set[str]:
     return {name for place, i in group for name in found.calls[place].operands[i].names}
-
-
-def _names(nodes: list[Any]) -> list[str]:
-    """Return the names of all operands of these calls."""
-    operands = [operand for node in nodes for operand in node.operands if operand is not None]
-    return sorted({name for operand in operands for name in operand.names})

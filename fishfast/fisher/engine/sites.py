@@ -18,7 +18,7 @@ from fishfast.fisher.engine.rules import RULES, Rule
 
 __all__ = ["NEVER", "Sites", "records"]
 
-NEVER = 2  # the level of a parameter that is left to autograd; see interception.py
+NEVER = 3  # the level of a parameter that is left to autograd; see interception.py
 
 
 class _Site(NamedTuple):
@@ -83,8 +83,9 @@ class Sites:
             return None
         x = args[place]
         if (
-            type(x) is not Tensor or not x.requires_grad or x.dim() != site.num_dims
+            type(x) is not Tensor or x.is_nested or not x.requires_grad or x.dim() != site.num_dims
             or x.dtype is not site.dtype or self._tracker.sources(x)
+            or x.layout is not torch.strided or x.is_nested
             or tuple(kwargs) != site.keywords or not records()
         ):  # fmt: skip
             return None

@@ -160,7 +160,8 @@ def _is_dense(module: Any, x: Any, always: bool = False) -> bool:
     plan = module._masked["weight"].plan
     if plan is None or not torch.is_grad_enabled():
         return True
-    if not always and x.numel() < (plan.least_traced if is_traced() else plan.least):
+    numel = x.numel()
+    if not always and numel < plan.least and (numel < plan.least_traced or not is_traced()):
         return True
     values = module._parameters.get("weight" + VALUES_SUFFIX)
     if values is None or not values.requires_grad or not has_own_values(module, "weight"):

@@ -74,7 +74,7 @@ class KeptTap(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, values: Tensor, target: Target) -> Tensor:
         """Return the weight."""
         ctx.target = target if weight.nbytes > _SMALL else None
-        ctx.indices = target.indices
+        ctx.indices, ctx.transposed = target.indices, None
         return weight.detach()
 
     @staticmethod
@@ -83,7 +83,24 @@ class KeptTap(torch.autograd.Function):
         target = ctx.target
         if target is not None and target.tap is not None:
             target.tap.in_use = False
+        if grad.layout is torch.strided and grad.dim() == 2 and not grad.is_contiguous():
+            flipped = grad.t()  # as a linear layer's is
+            if flipped.is_contiguous():
+                if ctx.transposed is None:
+                    ctx.transposed = _transposed(ctx.indices, grad.shape)
+                return None, _picked(flipped, ctx.transposed), None
         return None, _picked(grad, ctx.indices), None
+
+
+# Autograd calls this in a backward. Its own asks in each call which of two names was overridden.
+KeptTap._backward_cls.apply = KeptTap.backward
+
+
+def _transposed(indices: Tensor, shape: torch.Size) -> Tensor:
+    """Return flat indices of a matrix as those of its transpose, in the same order."""
+    rows, columns = shape
+    flat = indices.long()
+    return (flat % columns * rows + flat // columns).to(indices.dtype)
 
 
 def _picked(grad: Tensor, indices: Tensor) -> Tensor:
@@ -91,7 +108,7 @@ def _picked(grad: Tensor, indices: Tensor) -> Tensor:
         grad = grad.to_dense()
     if grad.is_contiguous():
         picked = (grad if grad.dim() == 1 else grad.view(-1)).index_select(0, indices)
-    else:  # as a linear layer's: transposed; a view of it in order would be a copy
+    else:  # a view of it in order would be a copy
         picked = grad.take(indices.long())
     return picked if picked.dtype == torch.float32 else picked.float()
 

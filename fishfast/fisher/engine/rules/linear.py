@@ -49,7 +49,8 @@ class LinearRule(Rule):
         """Return ``sum_t G A^T`` for the weight, ``sum_t G`` for the bias."""
         if index == 1:
             return SumUse(rows, grad, self.shape(1))
-        return LinearUse(rows, grad, x, self.transposed)
+        dense = x if x.layout is torch.strided else x.to_dense()
+        return LinearUse(rows, grad, dense, self.transposed)
 
     def add_to(
         self, scores: Sequence[Tensor | None], x: Tensor, grad: Tensor, rows: Rows, add: Accumulator

@@ -25,6 +25,7 @@ class Rule(ABC):
         options: the other arguments by name.
         meets_data: whether the call has another tensor with a gradient: if not, its result may be
             caught where it meets the data.
+        sees_data: whether the input may come from the batch, so that its rows may be samples.
     """
 
     # The function's argument names in order, by which positional arguments are found.
@@ -36,6 +37,7 @@ class Rule(ABC):
     # Whether `x` is kept after the call, apart from what autograd saves.
     keeps_input = False
     meets_data = False
+    sees_data = True
 
     def __init__(self, func: Callable[..., Any], call: dict[str, Any]) -> None:
         self.func = func
