@@ -90,6 +90,5 @@ class _Extension:
 def counted() -> Iterator[Counts]:
     """Count what is called inside."""
     counts = Counts()
-    with mock.patch.object(_backend, "compiled", lambda extension=_Extension(counts): extension):
-        with counts:
-            yield counts
+    with mock.patch.object(_backend, "compiled", return_value=_Extension(counts)), counts:
+        yield counts
