@@ -181,6 +181,7 @@ def _groups(
         for name in operand.names:
             by_name.setdefault(name, []).append(place)
     group_of: list[Group] = [[(node, i)] for node, i, _ in uses]
+    place_of = {(node, i): place for place, (node, i, _) in enumerate(uses)}
     for places in by_name.values():
         if len(places) == 1:
             continue
@@ -190,7 +191,8 @@ def _groups(
             joined, group = group_of[first.setdefault(number, place)], group_of[place]
             if group is not joined:
                 joined += group
-                group_of = [joined if other is group else other for other in group_of]
+                for use in group:
+                    group_of[place_of[use]] = joined
     groups: dict[Any, list[Group | None]] = {node: [None] * len(node.operands) for node in calls}
     for (node, i, _), group in zip(uses, group_of, strict=True):
         groups[node][i] = group

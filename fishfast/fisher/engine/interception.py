@@ -240,15 +240,24 @@ def _result_shape(
     if func in _SHAPE_BY_ARGUMENTS:
         return func(args[0].detach(), *args[1:], **kwargs).shape
     if func in BROADCASTING:
-        return torch.broadcast_shapes(*(t.shape for t in tensors_in((args, kwargs))))
+        return _broadcast([t.shape for t in tensors_in((args, kwargs))])
     return None
 
 
+def _broadcast(shapes: list[torch.Size]) -> torch.Size | None:
+    """Return the common shape; torch's own function makes tensors, and imports sympy."""
+    result = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for dim, size in enumerate(reversed(shape), start=1):
+            if size != 1 and result[-dim] != size:
+                if result[-dim] != 1:
+                    return None
+                result[-dim] = size
+    return torch.Size(result)
+
+
 def _expands(tensor: Tensor, shape: torch.Size) -> bool:
-    try:
-        return torch.broadcast_shapes(tensor.shape, shape) == shape
-    except RuntimeError:
-        return False
+    return _broadcast([tensor.shape, shape]) == shape
 
 
 def _writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker) -> bool:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fishfast.fisher.checks import is_empty, refuse_mean
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.audit import Audit, audit
+from fishfast.fisher.engine.costs import in_many_small_calls
 from fishfast.fisher.engine.coupling import (
     COUPLED,
     SamplesReached,
@@ -125,6 +126,7 @@ class Scorer:
         if is_empty(batch):
             return 0, 0
         device = next(iter(self.parameters.values())).device.type
+        probes = self.passes["probe"]
         with self.scoring():
             self._buffers = None
             losses, found = self.forward(batch)
@@ -150,6 +152,8 @@ class Scorer:
                     row = following
                 if not self._is_finite():
                     raise NotFinite(batch)
+        if probes := self.passes["probe"] - probes:  # where every batch takes some, it shows here
+            self._leave_to_autograd(in_many_small_calls(found, probes))
         self._note_roads(found)
         return counted, size
 
@@ -212,6 +216,9 @@ class Scorer:
                 for name, call in found.foreign.items()
                 if name not in self.fallback
             }
+            calls = in_many_small_calls(found).items()
+            # What is batched already stays, however few samples a last batch has.
+            foreign |= {name: reason for name, reason in calls if self.roads[name] == UNUSED}
             if not foreign:
                 return losses, found
             self._leave_to_autograd(foreign)
