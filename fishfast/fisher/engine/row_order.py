@@ -35,8 +35,6 @@ class Consumer(NamedTuple):
     output: int
 
 
-
-
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
