@@ -114,10 +114,9 @@ def add_embedding(score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor, 
     """
     if grad.numel() == 0:
         return
-    num_samples = int(samples.max()) + 1
-    pairs, order = torch.sort(tokens * num_samples + samples, stable=True)
+    pairs, order = torch.sort((tokens << 32) + samples, stable=True)
     pairs, pair_starts = _runs(pairs)
-    used, token_starts = _runs(pairs // num_samples)
+    used, token_starts = _runs(pairs >> 32)
     f = power_function(power)
     in_order = torch.arange(len(pairs), device=pairs.device)
     width = max(_COLUMNS, _EMBEDDED // len(tokens))

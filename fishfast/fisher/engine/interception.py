@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fishfast.fisher.engine.hooks import TensorHook, TensorHooks
-from fishfast.fisher.engine.operands import Operand, Tracker, is_opaque, tensors_in
+from fishfast.fisher.engine.operands import MARK, Operand, Tracker, is_opaque, tensors_in
 from fishfast.fisher.engine.origins import Origins
 from fishfast.fisher.engine.rules import (
     BROADCASTING,
@@ -102,28 +102,33 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Run a call, intercepted where tracked parameters meet the data."""
         kwargs = kwargs or {}
-        if (
-            func in RULES
-            and (again := self.sites.rule(func, args, kwargs, self.levels)) is not None
-        ):
-            return self._run(again[0], True, again[1])
-        if func is torch.Tensor.register_hook:
-            return self._hooked(*args, **kwargs)
-        if func is torch.autograd.grad and self.task != -1:  # in a hook: the outer one is recorded
-            return self._grad_in_backward(args, kwargs)
-        if func in _OPENED and records():
-            with self:
-                return _OPENED[func](*args, **kwargs)
+        if func in _FACTS:
+            return func(*args, **kwargs)
+        if func in RULES:
+            again = self.sites.rule(func, args, kwargs, self.levels)
+            if again is not None:  # nearly always
+                return self._run(again[0], True, again[1])
+        elif func in _LOOKED_FOR:
+            if func is torch.Tensor.register_hook:
+                return self._hooked(*args, **kwargs)
+            if func is torch.autograd.grad and self.task != -1:  # in a hook of the backward
+                return self._grad_in_backward(args, kwargs)
+            if func in _OPENED and records():
+                with self:
+                    return _OPENED[func](*args, **kwargs)
         data, names = False, _NONE
+        parameters = self.tracker.alone
         for value in (*args, *kwargs.values()) if kwargs else args:
             kind = type(value)
             if kind is Tensor or kind is nn.Parameter or isinstance(value, Tensor):
-                if value.requires_grad:
-                    sources = self._sources(value)
-                    if sources:
-                        names |= sources
-                    else:
-                        data = True
+                if not value.requires_grad:
+                    continue
+                if id(value) not in parameters and getattr(value, MARK, None) is None:
+                    data = True  # most tensors: as `_sources` says, for less
+                    continue
+                sources = self._sources(value)
+                names |= sources
+                data |= not sources
             elif kind is not int and isinstance(value, (tuple, list, dict)):
                 for tensor in tensors_in(value):
                     if tensor.requires_grad:
@@ -226,7 +231,7 @@ class Interception(TorchFunctionMode):
         return func(*args, **kwargs) if reached else None
 
     def _is_one_row(self, rule: Rule) -> bool:
-        """Whether a call has one row where others had more; the same when a checkpoint runs again."""
+        """Whether a call has one row, behind calls of more; a checkpoint hears it again."""
         names = tuple(name for t in rule.operands if t is not None for name in self._sources(t))
         key = (names, rule.x.shape)
         if key not in self._one_row:
@@ -315,6 +320,17 @@ def _opened(func: Any) -> Callable[..., Any]:
 
 _OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
 _GRAD = _opened(torch.autograd.grad)
+_LOOKED_FOR = {torch.Tensor.register_hook, torch.autograd.grad, *_OPENED}
+# What a tensor is asked: the answer is none.
+_FACTS = {
+    getattr(Tensor, name).__get__ for name in (
+        "shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_cuda", "is_leaf",
+    )
+} | {
+    getattr(Tensor, name) for name in (
+        "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "__len__",
+    )
+}  # fmt: skip
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _SHAPE_BY_ARGUMENTS = {
     torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to,

@@ -17,6 +17,7 @@ looked at in every batch, and all calls again after 4, 16, 64, ... batches.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -26,19 +27,14 @@ from torch import Tensor
 
 from fishfast.fisher.engine.audit import Audit
 from fishfast.fisher.engine.row_order import sample_steps
-from fishfast.fisher.engine.rows import NO_GRADIENT, SEVERAL, Layout, Rows, layouts
+from fishfast.fisher.engine.rows import NO_GRADIENT, Layout, Rows, layouts
+from fishfast.fisher.engine.signatures import BASE, OWN, Verdict, by_halves, by_powers, judge
 
 __all__ = ["RowFinder"]
 
 # Backward of sum(weights * losses) to all intercepted calls.
 Backward = Callable[[Tensor], None]
 
-# Powers of two from 2**-8 to 2**7, which fp16 gradients survive; more samples take more digits.
-_BASE = 16
-# Exponent for the largest loss: other losses would have to be 2**34 times larger to hide it.
-_OWN = 10
-# Rounding of a gradient in low precision, which the other losses of a backward may change.
-_SAME = 1e-2
 # Elements of a gradient that are held in float64 at once.
 _PART = 2**20
 # Batches after which nothing is trusted once: where two that look alike were not, it shows.
@@ -73,6 +69,8 @@ class RowFinder:
         direction = self._direction(rows.shape[1], rows.device)
         # In parts: in float64 the gradient of a language model's outputs would be the largest
         # tensor of all.
+        if rows.numel() <= _PART:
+            return rows.double() @ direction
         parts = rows.split(max(1, _PART // max(1, rows.shape[1])))
         return torch.cat([part.double() @ direction for part in parts])
 
@@ -166,48 +164,36 @@ class RowFinder:
         """
         device = losses.device
         number = torch.arange(num_samples, device=device)
-        own = int(losses.detach().argmax())  # a sample without labels has no gradient to look at
+        own = losses.detach().argmax()  # a sample without labels has no gradient to look at
         generator = torch.Generator().manual_seed(num_samples)
         # Below 1, so that fp16 holds what it holds in an ordinary backward.
         scale = (0.5 + torch.rand(num_samples, generator=generator) / 2).to(device, losses.dtype)
-        others = self._signatures(backward, torch.where(number == own, 0, scale))
-        digits, base = [], 1
+        seen = [self._signatures(backward, torch.where(number == own, 0, scale))]
+        base = 1
         while base < num_samples:
-            tags = torch.pow(2.0, (number // base) % _BASE - _BASE // 2)
-            tags[own] = 2.0**_OWN
-            digits.append(self._signatures(backward, scale * tags.to(losses.dtype)))
-            base *= _BASE
-        samples = {
-            node: _by_powers(others[node], [digit[node] for digit in digits], own, num_samples)
-            for node in nodes
-            if node in others
-        }
-        unclear = [node for node, of in samples.items() if (of == SEVERAL).any()]
+            tags = torch.pow(2.0, (number // base) % BASE - BASE // 2).to(losses.dtype)
+            tags = torch.where(number == own, 2.0**OWN, tags)
+            seen.append(self._signatures(backward, scale * tags))
+            base *= BASE
+        verdicts = judge(nodes, seen, num_samples, functools.partial(by_powers, own, num_samples))
+        unclear = [node for node, verdict in verdicts.items() if verdict.several]
         if unclear:
             halves = []
             for bit in range((num_samples - 1).bit_length()):
                 chosen = (number >> bit) & 1 == 1
-                halves.append(
-                    [self._signatures(backward, scale * half) for half in (~chosen, chosen)]
-                )
-            for node in unclear:
-                samples[node] = _by_halves([(low[node], high[node]) for low, high in halves])
-        several, reached = [], []
+                halves += [self._signatures(backward, scale * half) for half in (~chosen, chosen)]
+            verdicts.update(judge(unclear, halves, num_samples, by_halves))
         again = found.moved | found.unproven
-        for node, of in samples.items():
-            _check_trusted(node, of, num_samples)
+        for node, verdict in verdicts.items():
+            _check_trusted(node, verdict, num_samples)
             structure, place = node.place
             silent = self._silent.setdefault(structure, set())
-            if (of != NO_GRADIENT).any():
-                reached.append(node)
-                silent.discard(place)
-            else:
-                silent.add(place)
-            if (of == SEVERAL).any():
-                several.append(node)
-            else:
-                self._learn(node, of, num_samples, again=node in again)
+            (silent.discard if verdict.reached else silent.add)(place)
+            if not verdict.several:
+                self._learn(node, verdict, num_samples, again=node in again)
         self._directions.clear()
+        several = [node for node, verdict in verdicts.items() if verdict.several]
+        reached = [node for node, verdict in verdicts.items() if verdict.reached]
         if not reached:  # a batch without labels, say, which tells nothing of the next one
             self._silent.clear()
         return several, reached
@@ -218,34 +204,30 @@ class RowFinder:
         observed, self._observed = self._observed, {}
         return observed
 
-    def _learn(self, node: Any, samples: Tensor, num_samples: int, again: bool) -> None:
+    def _learn(self, node: Any, verdict: Verdict, num_samples: int, again: bool) -> None:
         """Give the node its rows; remember the layout where only one fits, if not ``again``."""
-        seen = samples >= 0
-        if not bool(seen.any()):
+        if not verdict.reached:
             return
-        fitting = [
-            layout
-            for layout in layouts(node.lead, num_samples)
-            if torch.equal(
-                layout.samples(node.lead, num_samples, samples.device)[seen], samples[seen]
-            )
-        ]
-        if not fitting:
-            node.rows = Rows(node.lead, num_samples, samples=samples)
+        if not verdict.fitting:
+            node.rows = Rows(node.lead, num_samples, samples=verdict.samples)
             return
-        node.rows = Rows(node.lead, num_samples, fitting[0])
-        told_apart = len(fitting) == 1 and len(samples[seen].unique()) > 1
-        if told_apart and not again:
+        node.rows = Rows(node.lead, num_samples, verdict.fitting[0])
+        if len(verdict.fitting) == 1 and verdict.told_apart and not again:
             structure, place = node.place
-            self._known.setdefault(structure, {}).setdefault(place, set()).add(fitting[0])
+            self._known.setdefault(structure, {}).setdefault(place, set()).add(verdict.fitting[0])
 
 
-def _check_trusted(node: Any, samples: Tensor, num_samples: int) -> None:
+def _check_trusted(node: Any, verdict: Verdict, num_samples: int) -> None:
     """Raise if the rows that a call has been given are not those that its gradients say."""
-    if node.rows is None or num_samples == 1:
+    if node.rows is None or num_samples == 1 or not verdict.reached:
         return
-    seen = samples != NO_GRADIENT
-    if not torch.equal(node.rows.samples(samples.device)[seen], samples[seen]):
+    if node.rows.layout is not None:
+        agree = node.rows.layout in verdict.fitting and not verdict.several
+    else:
+        seen = verdict.samples != NO_GRADIENT
+        given = node.rows.samples(verdict.samples.device)
+        agree = torch.equal(given[seen], verdict.samples[seen])
+    if not agree:
         names = [operand.names[0] for operand in node.operands if operand is not None]
         raise ValueError(
             "a model's rows must belong to the same samples in batches whose graphs are the same; "
@@ -253,46 +235,3 @@ def _check_trusted(node: Any, samples: Tensor, num_samples: int) -> None:
             "cannot be told apart; nothing of this call was kept; give batches one by one and add "
             "the results"
         )
-
-
-def _by_powers(others: Tensor, digits: list[Tensor], own: int, num_samples: int) -> Tensor:
-    """Return the sample of each row, `NO_GRADIENT` or `SEVERAL`."""
-    samples = torch.zeros(len(others), dtype=torch.int64, device=others.device)
-    base = 1
-    exact = torch.ones_like(samples, dtype=torch.bool)
-    for tagged in digits:
-        exponent = torch.log2(tagged / others).round()
-        digit = exponent + _BASE // 2
-        exact &= (tagged == others * torch.pow(2.0, exponent)) & (digit >= 0) & (digit < _BASE)
-        samples += base * digit.nan_to_num(0, 0, 0).long()
-        base *= _BASE
-    silent = others == 0
-    samples[~exact | (samples >= num_samples)] = SEVERAL
-    samples[silent] = torch.where(digits[0][silent] != 0, own, NO_GRADIENT)
-    # Powers of two are too large for fp16, say; halves tell.
-    for observed in (others, *digits):
-        samples[~observed.isfinite()] = SEVERAL
-    return samples
-
-
-def _by_halves(halves: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the same from backwards of half of the losses and of the other half, bit by bit.
-
-    A row of one sample has the same gradient in every half that its loss is in, whatever the other
-    losses are; else its backward looks at the whole batch.
-    """
-    samples = torch.zeros(len(halves[0][0]), dtype=torch.int64, device=halves[0][0].device)
-    several, reached, silent = (torch.zeros_like(samples, dtype=torch.bool) for _ in range(3))
-    first = torch.zeros_like(halves[0][0])
-    for bit, (low, high) in enumerate(halves):
-        # What is not finite is refused later, by the name of the scores that it ends in.
-        in_low, in_high = (of.nan_to_num(0, 0, 0) != 0 for of in (low, high))
-        samples += in_high.long() << bit
-        value = torch.where(in_high, high, low)
-        first = value if bit == 0 else first
-        several |= in_low & in_high | ((value - first).abs() > _SAME * first.abs())
-        reached |= in_low | in_high
-        silent |= ~(in_low | in_high)
-    samples[~reached] = NO_GRADIENT
-    samples[several | (reached & silent)] = SEVERAL
-    return samples

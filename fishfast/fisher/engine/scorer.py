@@ -31,7 +31,7 @@ from fishfast.fisher.engine.passes import Costs
 from fishfast.fisher.engine.plan import Group, Plans
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
-from fishfast.fisher.engine.rules import BroadcastRule
+from fishfast.fisher.engine.rules import BroadcastRule, ScaleRule
 from fishfast.fisher.engine.score_memory import all_finite, buffers_of
 from fishfast.fisher.engine.witness import Witness
 from fishfast.fisher.foreign import local
@@ -356,7 +356,7 @@ class Scorer:
                     continue
                 if node.rows is not None and node.rows.layout is None:
                     road = SORTED
-                elif operand.region is None or isinstance(node.rule, BroadcastRule):
+                elif operand.region is None or isinstance(node.rule, (BroadcastRule, ScaleRule)):
                     road = EXPANDED
                 else:
                     road = BATCHED

@@ -18,7 +18,7 @@ from fishfast.fisher.engine.rules.embedding import EMBEDDING_RULES, EmbeddingRul
 from fishfast.fisher.engine.rules.linear import LINEAR_RULES, LinearRule
 from fishfast.fisher.engine.rules.norm import NORM_RULES
 from fishfast.fisher.engine.rules.rule import Rule, autocast_input
-from fishfast.fisher.engine.rules.scale import SCALE_RULES
+from fishfast.fisher.engine.rules.scale import SCALE_RULES, ScaleRule
 
 __all__ = [
     "BROADCASTING",
@@ -27,6 +27,7 @@ __all__ = [
     "EmbeddingRule",
     "LinearRule",
     "Rule",
+    "ScaleRule",
     "autocast_input",
 ]
 

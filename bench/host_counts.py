@@ -1,0 +1,95 @@
+"""What a batch asks of a device: launches and waits, counted in calls that torch dispatches.
+
+They are the same on every machine, and on a CPU what they are in front of a GPU, but for the calls
+of our own kernels, which are counted where the compiled extension is asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fishfast import _backend
+
+__all__ = ["Counts", "counted"]
+
+# Memory, and other names for it.
+_NO_LAUNCH = {
+    "alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty",
+    "new_empty_strided", "_reshape_alias", "_unsafe_view",
+}  # fmt: skip
+# The host needs the values, or how many there are of them.
+_WAITS = {
+    "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique_dim",
+    "_unique2", "unique_consecutive",
+}  # fmt: skip
+
+
+class Counts(TorchDispatchMode):
+    """Counts torch's calls and ours while it is entered.
+
+    Attributes:
+        launches: of torch's operations that compute something, by name.
+        waits: for the device, by name.
+        ours: calls of the compiled extension's kernels, by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self.ours: Counter[str] = Counter()
+
+    @property
+    def num_launches(self) -> int:
+        """All launches, torch's and ours."""
+        return self.launches.total() + self.ours.total()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count a call, and run it."""
+        name = func._schema.name.partition("::")[2]
+        if name in _WAITS or (name.startswith("index") and _has_mask(args)):
+            self.waits[name] += 1
+        elif name not in _NO_LAUNCH and not _is_view(func):
+            self.launches[name] += 1
+        return func(*args, **kwargs or {})
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the result is the memory of an argument, unchanged."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info and not r.alias_info.is_write for r in returns)
+
+
+def _has_mask(args: Any) -> bool:
+    """Whether an index is a mask, whose places are counted first."""
+    indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+    return any(str(getattr(index, "dtype", "")) == "torch.bool" for index in indices)
+
+
+class _Extension:
+    """The compiled extension, with its kernels counted."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts, self._extension = counts, _backend.compiled()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("fisher_"):
+            self._counts.ours[name] += 1
+        return getattr(self._extension, name)
+
+
+@contextmanager
+def counted() -> Iterator[Counts]:
+    """Count what is called inside."""
+    counts = Counts()
+    with mock.patch.object(_backend, "compiled", lambda extension=_Extension(counts): extension):
+        with counts:
+            yield counts
