@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishfast.fisher.engine.costs import Costs
 from fishfast.fisher.engine.gradients import gradients
 from fishfast.fisher.engine.interception import Interception, Observer
+from fishfast.fisher.engine.passes import Costs
 
 __all__ = ["Backwards", "Repeated"]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fishfast.fisher.batch_copy import copied_batch
 from fishfast.fisher.engine.audit import Audit, audit
-from fishfast.fisher.engine.costs import Costs
 from fishfast.fisher.engine.coupling import names_of
 from fishfast.fisher.engine.interception import NEVER, Interception, SecondDerivativeError
 from fishfast.fisher.engine.origins import Origins
+from fishfast.fisher.engine.passes import Costs
 from fishfast.fisher.engine.plan import Plans
 from fishfast.fisher.objective import Losses, Objective
 from fishfast.fisher.untouched import Buffers, OwnRandomState

@@ -194,8 +194,6 @@ class Interception(TorchFunctionMode):
                 if x_comes_from_parameters:
                     rule.x = self._expanded(rule.x, rule.x.shape, data)
                     rule.sees_data = False
-                elif self.origins is not None:
-                    rule.sees_data = not self.origins.knows(rule.x)
                 return self._run(rule, data)
             if not x_comes_from_parameters:
                 return None
@@ -234,7 +232,7 @@ class Interception(TorchFunctionMode):
         return func(*args, **kwargs) if reached else None
 
     def _is_one_row(self, rule: Rule) -> bool:
-        """Whether a call has one row where others had more; the same when a checkpoint runs again."""
+        """Whether a call has one row, behind calls of more; a checkpoint hears it again."""
         names = tuple(name for t in rule.operands if t is not None for name in self._sources(t))
         key = (names, rule.x.shape)
         if key not in self._one_row:
@@ -280,6 +278,8 @@ class Interception(TorchFunctionMode):
 
     def _run(self, rule: Rule, data: bool, operands: list[Operand | None] | None = None) -> Tensor:
         rule.meets_data = data
+        if self.origins is not None and rule.x is not None and rule.sees_data:
+            rule.sees_data = not self.origins.knows(rule.x)
         if operands is None:
             operands = [
                 self.tracker.operand(t) if t is not None and t.requires_grad else None
@@ -352,14 +352,21 @@ def _result_shape(
     return None
 
 
-_broadcast = functools.lru_cache(maxsize=512)(torch.broadcast_shapes)  # written in Python: slow
+@functools.lru_cache(maxsize=512)
+def _broadcast(*shapes: torch.Size) -> torch.Size | None:
+    """Return the common shape; torch's own function makes tensors, and imports sympy."""
+    result = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for dim, size in enumerate(reversed(shape), start=1):
+            if size != 1 and result[-dim] != size:
+                if result[-dim] != 1:
+                    return None
+                result[-dim] = size
+    return torch.Size(result)
 
 
 def _expands(tensor: Tensor, shape: torch.Size) -> bool:
-    try:
-        return _broadcast(tensor.shape, shape) == shape
-    except RuntimeError:
-        return False
+    return _broadcast(tensor.shape, shape) == shape
 
 
 def _writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker) -> bool:

@@ -89,6 +89,7 @@ def _groups(operands: Sequence[Sequence[Operand | None]]) -> list[list[Group | N
         for name in operand.names:
             by_name.setdefault(name, []).append(number)
     group_of: list[Group] = [[(place, i)] for place, i, _ in uses]
+    number_of = {(place, i): number for number, (place, i, _) in enumerate(uses)}
     for numbers in by_name.values():
         if len(numbers) == 1:
             continue
@@ -98,7 +99,8 @@ def _groups(operands: Sequence[Sequence[Operand | None]]) -> list[list[Group | N
             joined, group = group_of[first.setdefault(which, number)], group_of[number]
             if group is not joined:
                 joined += group
-                group_of = [joined if other is group else other for other in group_of]
+                for use in group:
+                    group_of[number_of[use]] = joined
     groups: list[list[Group | None]] = [[None] * len(of) for of in operands]
     for (place, i, _), group in zip(uses, group_of, strict=True):
         groups[place][i] = group

@@ -35,8 +35,6 @@ class Consumer(NamedTuple):
     output: int
 
 
-
-
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -158,7 +156,7 @@ def is_python(node: Any) -> bool:
 def _uncut(
     node: Any, name: str, output: int, step: int, before: Shape, num_samples: int
 ) -> int | None:
-    """For a result that is all of one sample's: so are its arguments, unless it is cut from them.
+    """For a result that is all one sample's: so are its arguments, unless it is cut from them.
 
     A model that takes its samples apart in Python, and stacks what it has of each.
     """

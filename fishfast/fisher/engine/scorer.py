@@ -15,7 +15,7 @@ from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.alone import SampleRecorder
 from fishfast.fisher.engine.audit import Audit
 from fishfast.fisher.engine.backwards import Backwards, Repeated
-from fishfast.fisher.engine.costs import Costs
+from fishfast.fisher.engine.costs import in_many_small_calls
 from fishfast.fisher.engine.coupling import COUPLED, SamplesReached, names_of, refuse_coupled
 from fishfast.fisher.engine.eager import checkpoints_run_again, not_compiled
 from fishfast.fisher.engine.forwards import Forwards
@@ -27,6 +27,7 @@ from fishfast.fisher.engine.interception import (
     SecondDerivativeError,
 )
 from fishfast.fisher.engine.operands import is_opaque
+from fishfast.fisher.engine.passes import Costs
 from fishfast.fisher.engine.plan import Group, Plans
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
@@ -122,6 +123,7 @@ class Scorer:
         """
         if is_empty(batch):
             return 0, 0
+        probes = self.costs.passes["probe"]
         with self.scoring():
             losses, found = self.forwards.first(batch)
             if len(losses.probe) == 0:
@@ -143,6 +145,9 @@ class Scorer:
                     repeated.check()
                 if not all_finite(self._memory):
                     raise NotFinite(batch)
+        # Where every batch takes some, it shows here.
+        if probes := self.costs.passes["probe"] - probes:
+            self.forwards.leave_to_autograd(in_many_small_calls(found, probes))
         self._note_roads(found)
         return counted, size
 
@@ -173,6 +178,11 @@ class Scorer:
         self, losses: Losses, found: Audit, batch: Any
     ) -> tuple[Losses, Audit, Repeated | None]:
         """Give calls their rows; run the forward again while some are caught better later on."""
+        # What is batched already stays, however few samples a last batch has.
+        calls = in_many_small_calls(found).items()
+        if small := {name: why for name, why in calls if self.roads[name] == UNUSED}:
+            self.forwards.leave_to_autograd(small)
+            losses, found = self.forwards.again(batch, losses, "a weight is used in small calls")
         while True:
             try:
                 with self._no_autocast():
@@ -207,8 +217,8 @@ class Scorer:
             levels.update(dict.fromkeys(early, LATER))
             return True
         waiting = names_of([node for node in nodes if not node.rule.meets_data])
-        if early := [name for name in waiting if levels[name] < LAZY]:
-            levels.update(dict.fromkeys(early, LAZY))
+        if any(levels[name] < LAZY for name in waiting):
+            levels.update({n: LAZY for n in names_of(nodes) if levels[n] < LAZY})
             return True
         self.forwards.leave_to_autograd(dict.fromkeys(names_of(nodes), _MIXED))
         return False

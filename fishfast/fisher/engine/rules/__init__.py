@@ -13,6 +13,7 @@ from typing import Any
 
 from fishfast.fisher.engine.rules.broadcast import BROADCASTING, BroadcastRule
 from fishfast.fisher.engine.rules.conv import CONV_RULES
+from fishfast.fisher.engine.rules.conv_transpose import CONV_TRANSPOSE_RULES
 from fishfast.fisher.engine.rules.embedding import EMBEDDING_RULES, EmbeddingRule
 from fishfast.fisher.engine.rules.linear import LINEAR_RULES, LinearRule
 from fishfast.fisher.engine.rules.norm import NORM_RULES
@@ -34,6 +35,7 @@ RULES: dict[Callable[..., Any], type[Rule]] = {
     **LINEAR_RULES,
     **EMBEDDING_RULES,
     **CONV_RULES,
+    **CONV_TRANSPOSE_RULES,
     **NORM_RULES,
     **SCALE_RULES,
 }
