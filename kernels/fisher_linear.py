@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .fisher_linear_rows import add_linear_rows
 from .fisher_sum import sums_of_groups
-from .launch import block_starts, fp32_precision, zeros_int64
+from .launch import block_bounds, fp32_precision
 from .linear_tile import Config, launch_tiles, own_tile, put_tile, side_of_tiles
 from .splits import add_splits
 
@@ -40,6 +40,10 @@ CONFIGS = {
     ("ieee", 128): [Config(128, 128, 16, 8, 3, 1)],
     ("ieee", 64): [Config(64, 64, 16, 4, 3, 4)],
 }
+
+# Multiply-adds of a product (some 30 us of an H200's tensor cores) from which it pays to look for
+# padding, rows of zeros at a sample's end, which are then left out: that takes six launches.
+_LONG = 2**33
 
 
 # What changes from batch to batch compiles nothing anew.
@@ -113,7 +117,7 @@ def add_blocks(
         score: [O, I] fp32, any strides.
         bias: [O] fp32, to which f of the sums of ``grad`` is added; None: no bias.
         grad: [B, T, O] fp32, bf16 or fp16, any strides.
-        x: [B, T, I], of the same dtype. Rows of zeros at a sample's end are left out.
+        x: [B, T, I], of the same dtype.
         bias_of_x: whether ``x`` is the gradient, and the bias [I]: a weight stored transposed.
         power: 2 or 1.
     """
@@ -121,12 +125,16 @@ def add_blocks(
     if output.numel() == 0:
         return
     num_samples, length, _ = output.shape
-    ends = zeros_int64(num_samples, output.device) if length > 1 else None
     bias_out = None
-    if bias is not None or ends is not None:
-        _, bias_out = sums_of_groups(output, None, None, None, power, bias is not None, ends)
+    if bias is not None:
+        _, bias_out = sums_of_groups(output, None, None, None, power, bias=True)
     rows = [t.flatten(0, 1) for t in (grad, x)]
-    starts = block_starts(num_samples, length, output.device) if length > 1 else None
+    starts = ends = None
+    if length > 1:
+        starts, ends = block_bounds(num_samples, length, output.device)
+        if grad.numel() * x.shape[2] >= _LONG:
+            position = torch.arange(1, length + 1, device=output.device)
+            ends = starts + (position * (output != 0).any(-1)).amax(1)
     if score.numel():
         add_linear(score, *rows, starts, ends, power, bias, bias_out)
     elif bias is not None and bias_out is not None:

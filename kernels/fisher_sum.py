@@ -3,10 +3,9 @@
     score[d] += sum_b f( sum_t grad[b, t, d] xhat[b, t, d] ),    f = square or abs
     xhat = (x - mean) rstd, or 1 for a bias
 
-A norm's scale and shift go in one launch; that of a linear layer's bias also tells where the
-padding of each sample begins, rows of zeros at its end. Reads grad and x once. Strides are free: a
-channels-first norm passes a transposed view, statistics are broadcast by strides of 0.
-Deterministic: programs that share a feature write to scratch, which is summed in order.
+A norm's scale and shift go in one launch. Reads grad and x once. Strides are free: a channels-first
+norm passes a transposed view, statistics are broadcast by strides of 0. Deterministic: programs
+that share a feature write to scratch, which is summed in order.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -60,7 +59,6 @@ def _load(ptr, strides, b, t, d, mask):
 def sum_kernel(
     out_ptr,  # [splits, num_features] fp32, of grad xhat
     bias_out_ptr,  # the same of grad alone
-    ends_ptr,  # [num_samples] int64 zeros
     grad_ptr,  # all [num_samples, num_positions, num_features], with strides
     x_ptr,
     mean_ptr,
@@ -78,7 +76,6 @@ def sum_kernel(
     HAS_MEAN: tl.constexpr,
     HAS_RSTD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_ENDS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -92,11 +89,9 @@ def sum_kernel(
     total = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     bias_total = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     for b0 in range(first, last, BLOCK_B):
-        sample = b0 + tl.arange(0, BLOCK_B)
-        b = sample[:, None, None]
+        b = (b0 + tl.arange(0, BLOCK_B))[:, None, None]
         acc = tl.zeros((BLOCK_B, BLOCK_T, BLOCK_D), tl.float32)
         bias_acc = tl.zeros((BLOCK_B, BLOCK_T, BLOCK_D), tl.float32)
-        length = tl.zeros((BLOCK_B,), tl.int64)  # up to the last position that is not all zeros
         for t0 in range(0, num_positions, BLOCK_T):
             t = (t0 + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :, None]
             mask = (b < last) & (t < num_positions) & (d < num_features)
@@ -110,9 +105,6 @@ def sum_kernel(
                 acc += grad * x
             if HAS_BIAS:
                 bias_acc += grad
-            if HAS_ENDS:
-                seen = tl.where(grad != 0, t + 1, 0)
-                length = tl.maximum(length, tl.max(tl.max(seen, axis=2), axis=1))
         # Samples past the last one are f(0).
         if HAS_X:
             sums = tl.sum(acc, axis=1)
@@ -120,9 +112,6 @@ def sum_kernel(
         if HAS_BIAS:
             sums = tl.sum(bias_acc, axis=1)
             bias_total += sums * sums if power == 2 else tl.abs(sums)
-        if HAS_ENDS:  # the largest of all programs', in whatever order they come
-            end = tl.where(length > 0, sample * num_positions + length, 0)
-            tl.atomic_max(ends_ptr + sample, end, mask=sample < last)
     place = split * num_features + feature
     if HAS_X:
         tl.store(out_ptr + place, tl.sum(total, axis=0), mask=feature < num_features)
@@ -174,7 +163,6 @@ def sums_of_groups(
     rstd: Tensor | None,
     power: int,
     bias: bool,
-    ends: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what `add_sum` adds, for each group of samples.
 
@@ -185,8 +173,6 @@ def sums_of_groups(
         rstd: of the score.
         power: 2 or 1.
         bias: whether the sums of ``grad`` alone are wanted.
-        ends: [B] int64 zeros, which get one past the last row of each sample that is not all
-            zeros, rows counted over all samples, or stay 0 where all are; None: not wanted.
 
     Returns:
         The sums for the score and for the bias, [groups, D] fp32; None where not wanted.
@@ -211,7 +197,6 @@ def sums_of_groups(
         sum_kernel[tiles, splits](
             out_ptr=grad if out is None else out,
             bias_out_ptr=grad if bias_out is None else bias_out,
-            ends_ptr=grad if ends is None else ends,
             grad_ptr=grad,
             x_ptr=operands[0],
             mean_ptr=operands[1],
@@ -229,7 +214,6 @@ def sums_of_groups(
             HAS_MEAN=mean is not None,
             HAS_RSTD=rstd is not None,
             HAS_BIAS=bias,
-            HAS_ENDS=ends is not None,
             BLOCK_B=config.block_b,
             BLOCK_T=config.block_t,
             BLOCK_D=config.block_d,

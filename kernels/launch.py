@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import threading
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "MULTIPLE", "aligned_rows", "block_starts", "divide_samples", "fp32_precision", "misaligned",
-    "num_sms", "zeros_int64",
+    "MULTIPLE", "aligned_rows", "block_bounds", "divide_samples", "fp32_precision", "misaligned",
+    "num_sms",
 ]  # fmt: skip
 
 # Triton asks of addresses (in bytes) and of sizes (in elements) whether 16 divides them. Where it
@@ -77,20 +76,7 @@ def aligned_rows(rows: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def block_starts(num_samples: int, length: int, device: torch.device) -> Tensor:
-    """Return the first row of samples of one length, [num_samples] int64. Not to be written to."""
-    return torch.arange(num_samples, device=device) * length
-
-
-_POOL = 2**16  # numbers that are set to zero in one launch
-_pools = threading.local()
-
-
-def zeros_int64(size: int, device: torch.device) -> Tensor:
-    """Return zeros that nobody else has, [size] int64: one launch for many calls."""
-    pools = vars(_pools).setdefault("by_device", {})
-    pool, used = pools.get(device, (None, 0))
-    if pool is None or used + size > len(pool):
-        pool, used = torch.zeros(max(size, _POOL), dtype=torch.int64, device=device), 0
-    pools[device] = pool, used + size
-    return pool[used : used + size]
+def block_bounds(num_samples: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the first row of samples of one length and one past the last, not to be written to."""
+    bounds = torch.arange(num_samples + 1, device=device) * length
+    return bounds[:-1], bounds[1:]
