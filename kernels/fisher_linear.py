@@ -180,6 +180,6 @@ def add_linear(
     fits = [c for c in configs if c.block_t < 1.5 * len(grad) / num_samples]
     config = (fits or configs[-1:])[0]
     launch_tiles(
-        samples_kernel, score, grad, x, config, num_samples, bias, bias_out,
+        samples_kernel, score, grad, x, config, num_samples, False, bias, bias_out,
         starts_ptr=starts, ends_ptr=ends, num_samples=num_samples, power=power, PRECISION=precision,
     )  # fmt: skip
