@@ -104,7 +104,7 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FACTS:
             return func(*args, **kwargs)
-        if func in RULES:
+        if func in RULES and self.origins is None:
             again = self.sites.rule(func, args, kwargs, self.levels)
             if again is not None:  # nearly always
                 return self._run(again[0], True, again[1])
@@ -178,7 +178,8 @@ class Interception(TorchFunctionMode):
             rule = None
         if rule is not None:
             operands = self._parameters(rule)
-            if operands is not None and rule.x.requires_grad and not self._sources(rule.x):
+            in_the_midst = operands is not None and rule.x.requires_grad and self.origins is None
+            if in_the_midst and not self._sources(rule.x):
                 self.sites.remember(func, args, kwargs, rule, operands)
                 return self._run(rule, True, operands)
             x_comes_from_parameters = rule.x.requires_grad and bool(self._sources(rule.x))

@@ -58,7 +58,7 @@ class LinearRule(Rule):
         """Add both in one launch where the rows have an order."""
         weight, bias = scores
         alike = grad.dtype is x.dtype and grad.dtype is not torch.float64
-        alike &= x.layout is torch.strided
+        alike = alike and x.layout is torch.strided
         if weight is None or rows.layout is None or not alike:
             super().add_to(scores, x, grad, rows, add)
             return
