@@ -18,7 +18,6 @@ How eagerly a parameter is caught is its level:
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -32,13 +31,13 @@ from fishfast.fisher.engine.hooks import TensorHook, TensorHooks
 from fishfast.fisher.engine.operands import MARK, Operand, Tracker, is_opaque, tensors_in
 from fishfast.fisher.engine.origins import Origins
 from fishfast.fisher.engine.rules import (
-    BROADCASTING,
     RULES,
     BroadcastRule,
     LinearRule,
     Rule,
     autocast_input,
 )
+from fishfast.fisher.engine.shapes import expands, result_shape
 from fishfast.fisher.engine.sites import NEVER, Sites, records
 
 __all__ = [
@@ -202,7 +201,7 @@ class Interception(TorchFunctionMode):
             return self._run(rule, data).mT
         if _writes_to(func, args, self.tracker):
             return None
-        shape = _result_shape(func, args, kwargs)
+        shape = result_shape(func, args, kwargs)
         # One operand and another make a third, which meets the data later (weight / its norm).
         alone = data or sum(t.requires_grad for t in tensors_in((args, kwargs))) == 1
         if not alone or (not data and shape is None):
@@ -216,7 +215,7 @@ class Interception(TorchFunctionMode):
             if not isinstance(value, Tensor) or not value.requires_grad:
                 return value
             # Where it is not known how the call sees its operand, dim 0 may be the sample.
-            known = shape is not None and _expands(value, shape)
+            known = shape is not None and expands(value, shape)
             if func is F.scaled_dot_product_attention:
                 known &= value is kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             target = shape if shape is not None and known else value.shape
@@ -333,40 +332,6 @@ _FACTS = {
     )
 }  # fmt: skip
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
-_SHAPE_BY_ARGUMENTS = {
-    torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to,
-}  # fmt: skip
-
-
-def _result_shape(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Size | None:
-    """Return the shape to which a call broadcasts its operands; None where that is not known."""
-    if func is F.scaled_dot_product_attention:  # position biases come as its mask
-        query, key = args[:2] if len(args) > 1 else (kwargs["query"], kwargs["key"])
-        return torch.Size((*query.shape[:-1], key.shape[-2]))
-    if func in _SHAPE_BY_ARGUMENTS:
-        return func(args[0].detach(), *args[1:], **kwargs).shape
-    if func in BROADCASTING:
-        return _broadcast(*[t.shape for t in tensors_in((args, kwargs))])
-    return None
-
-
-@functools.lru_cache(maxsize=512)
-def _broadcast(*shapes: torch.Size) -> torch.Size | None:
-    """Return the common shape; torch's own function makes tensors, and imports sympy."""
-    result = [1] * max(map(len, shapes))
-    for shape in shapes:
-        for dim, size in enumerate(reversed(shape), start=1):
-            if size != 1 and result[-dim] != size:
-                if result[-dim] != 1:
-                    return None
-                result[-dim] = size
-    return torch.Size(result)
-
-
-def _expands(tensor: Tensor, shape: torch.Size) -> bool:
-    return _broadcast(tensor.shape, shape) == shape
 
 
 def _writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker) -> bool:
