@@ -53,6 +53,17 @@ class Counts(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.ours: Counter[str] = Counter()
 
+    def copy(self) -> Counts:
+        """Return the counts so far."""
+        return self - Counts()
+
+    def __sub__(self, before: Counts) -> Counts:
+        """Return what was counted since."""
+        since = Counts()
+        for name in ("launches", "waits", "ours"):
+            setattr(since, name, getattr(self, name) - getattr(before, name))
+        return since
+
     @property
     def num_launches(self) -> int:
         """All launches, torch's and ours."""

@@ -20,10 +20,11 @@ _SLACK = 1.3
 BERT, LLAMA = "BERT of 24 layers", "Llama of 16 layers"
 # Of a plain forward + backward: a further batch, and the first one.
 _TARGETS = {BERT: (1.5, 3.0), LLAMA: (1.5, 3.0)}
-# Launches of a plain pass in eval mode, and of a further batch: torch's and ours.
-_LAUNCHES = {BERT: 1300, LLAMA: 2000}
-# Of a first batch: of these a layer has as many more as its calls have backwards.
-_FIRST_LAUNCHES = {BERT: 3000, LLAMA: 5000}
+# Launches of a further batch, torch's and ours: compiled kernels, and Triton's in front of a GPU.
+# A plain pass in eval mode has 940 and 1,721.
+_FURTHER = {BERT: (910, 1240), LLAMA: (1740, 1990)}
+# Of a first batch, whose two more backwards have no weights' gradients either.
+_FIRST = {BERT: (2600, 2900), LLAMA: (4350, 4600)}
 
 
 @pytest.fixture
@@ -37,44 +38,51 @@ def host_counts(bench: ModuleType) -> ModuleType:
     return importlib.import_module("host_counts")
 
 
-def counts_of_batches(found: Any, host_counts: ModuleType, num_batches: int) -> list[Any]:
-    """Return what each batch of a run asked for."""
+def counts_of_batches(found: Any, host_counts: ModuleType, card: bool) -> list[Any]:
+    """Return what each of three batches of a run asked for."""
     counts: list[Any] = []
 
     def batches() -> Any:
-        for _ in range(num_batches):
-            with host_counts.counted() as of_batch:
-                yield found.batch
-            counts.append(of_batch)
+        for _ in range(3):
+            before = running.copy()
+            yield found.batch
+            counts.append(running - before)
 
-    ff.estimate_fisher(found.model, batches())
+    with host_counts.counted(card) as running:
+        ff.estimate_fisher(found.model, batches())
     return counts
 
 
+def without_cpu_only(waits: Any) -> dict[str, int]:
+    """Leave out what embeddings call on a CPU, where nobody waits; a GPU has a kernel for them."""
+    return {name: count for name, count in waits.items() if name != "unique_consecutive"}
+
+
+@pytest.mark.parametrize("card", [False, True], ids=["compiled", "triton"])
 @pytest.mark.parametrize("case", _TARGETS)
-def test_launches_and_waits(case: str, bench: ModuleType, host_counts: ModuleType) -> None:
+def test_launches_and_waits(
+    case: str, card: bool, bench: ModuleType, host_counts: ModuleType
+) -> None:
+    if card:
+        pytest.importorskip("triton")
     found = bench.passes(case, ["full fine-tuning"])["full fine-tuning"]
-    first, second, third = counts_of_batches(found, host_counts, 3)
-    assert first.num_launches <= _FIRST_LAUNCHES[case]
-    assert first.waits.total() < 20
-    for further in (second, third):
-        assert further.num_launches <= _LAUNCHES[case]
-        assert further.waits.total() <= 2, further.waits
-    found.model.eval()
-    with host_counts.counted() as plain:
-        found.backward()
-    assert third.num_launches <= 1.05 * plain.num_launches
+    first, *further = counts_of_batches(found, host_counts, card)
+    assert first.num_launches <= _FIRST[case][card]
+    assert sum(without_cpu_only(first.waits).values()) < 20, first.waits
+    for batch in further:
+        assert batch.num_launches <= _FURTHER[case][card]
+        assert sum(without_cpu_only(batch.waits).values()) <= 2, batch.waits
 
 
 @pytest.mark.parametrize("case", _TARGETS)
-def test_waits_do_not_grow_with_layers_or_samples(
+def test_waits_do_not_grow_with_samples(
     case: str, bench: ModuleType, host_counts: ModuleType
 ) -> None:
     found = bench.passes(case, ["full fine-tuning"])["full fine-tuning"]
-    few = counts_of_batches(found, host_counts, 2)
+    few = counts_of_batches(found, host_counts, False)
     more = {name: tensor.repeat(3, *[1] * (tensor.dim() - 1)) for name, tensor in
             found.batch.items()}  # fmt: skip
-    many = counts_of_batches(SimpleNamespace(model=found.model, batch=more), host_counts, 2)
+    many = counts_of_batches(SimpleNamespace(model=found.model, batch=more), host_counts, False)
     for before, after in zip(few, many, strict=True):
         assert after.waits == before.waits
         assert after.num_launches <= before.num_launches + 20
