@@ -85,7 +85,9 @@ def norm(draw):
 def attention(draw):
     kind = draw.choice(["module", "time first", "encoder", "by hand"])
     if kind == "encoder":
-        layer = nn.TransformerEncoderLayer(WIDTH, 2, 6, dropout=0, activation="gelu", batch_first=True)
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 2, 6, dropout=0, activation="gelu", batch_first=True
+        )
         return Block(lambda self, x, _: self.layer(x), layer=layer)
     if kind == "by hand":
 
@@ -139,7 +141,9 @@ def tables(draw):
             return x + torch.cat([self.positions[:1].expand(len(x), 1, -1), x[:, :-1]], 1)
         return F.prelu(x, self.slope)
 
-    return Block(run, table=nn.Embedding(TOKENS, WIDTH), positions=weight(8, WIDTH), slope=weight(1))
+    return Block(
+        run, table=nn.Embedding(TOKENS, WIDTH), positions=weight(8, WIDTH), slope=weight(1)
+    )
 
 
 # ---- adapters -----------------------------------------------------------------------------------
@@ -155,7 +159,9 @@ def adapter(draw):
             return F.linear(x, self.base) + F.linear(F.linear(x, self.a), self.b)
         if kind == "reflection":
             u = self.v / self.v.norm()
-            return F.linear(x, self.base @ (torch.eye(WIDTH, dtype=x.dtype) - 2 * torch.outer(u, u)))
+            return F.linear(
+                x, self.base @ (torch.eye(WIDTH, dtype=x.dtype) - 2 * torch.outer(u, u))
+            )
         if kind == "scale":
             return F.linear(x, self.base) * self.v
         if kind == "hyper":
@@ -368,8 +374,10 @@ class Drawn(nn.Module):
             self.order, self.residual, self.checkpointed, strict=True
         ):
             block = self.blocks[place]
-            result = checkpoint(block, hidden, batch, use_reentrant=False) if again else (
-                block(hidden, batch)
+            result = (
+                checkpoint(block, hidden, batch, use_reentrant=False)
+                if again
+                else (block(hidden, batch))
             )
             hidden = torch.tanh(hidden + result if residual else result)
         return self.loss(self.head(hidden, batch), batch)

@@ -92,7 +92,9 @@ def test_a_hook_that_runs_a_layer_again(graph):
     fisher = score(case)
     assert_as_exact_as_a_loop(fisher, truth(case), truth(case, torch.float32))
     if graph == "weight":  # which no cut graph has: autograd takes them all
-        assert set(fisher.roads.values()) == {"one sample at a time: loss_fn takes gradients itself"}
+        assert set(fisher.roads.values()) == {
+            "one sample at a time: loss_fn takes gradients itself"
+        }
 
 
 class RunsAgain(torch.autograd.Function):
@@ -214,9 +216,7 @@ def test_gradients_that_a_hook_on_a_node_changes(change):
 
 
 def test_a_gradient_that_is_clipped_in_a_later_batch_only():
-    batches = [
-        (*vectors(4)[0], torch.full((4,), factor)) for factor in (0.01, 0.02, 50.0, 0.01)
-    ]
+    batches = [(*vectors(4)[0], torch.full((4,), factor)) for factor in (0.01, 0.02, 50.0, 0.01)]
 
     def loss_fn(model, batch):
         return classify(model, batch[:2]) * batch[2]

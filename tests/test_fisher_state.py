@@ -13,7 +13,9 @@ from torch import nn
 
 import fishfast as ff
 
-BATCHES = [torch.randint(0, 9, (4, 6), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+BATCHES = [
+    torch.randint(0, 9, (4, 6), generator=torch.Generator().manual_seed(i)) for i in range(3)
+]
 
 
 def loop(model, batches, loss_fn):

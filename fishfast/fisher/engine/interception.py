@@ -18,7 +18,6 @@ How eagerly a parameter is caught is its level:
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -28,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fishfast.fisher.engine.calls import expands, result_shape, writes_to
 from fishfast.fisher.engine.hooks import TensorHook, TensorHooks
 from fishfast.fisher.engine.operands import MARK, Operand, Tracker, is_opaque, tensors_in
 from fishfast.fisher.engine.origins import Origins
 from fishfast.fisher.engine.rules import (
-    BROADCASTING,
     RULES,
     BroadcastRule,
     LinearRule,
@@ -40,6 +39,7 @@ from fishfast.fisher.engine.rules import (
     autocast_input,
 )
 from fishfast.fisher.engine.sites import NEVER, Sites, records
+from fishfast.fisher.engine.small_calls import SmallCalls
 
 __all__ = [
     "EAGER", "LATER", "LAZY", "NEVER", "Interception", "Observer", "SecondDerivativeError",
@@ -71,6 +71,7 @@ class Interception(TorchFunctionMode):
             has another.
         hooks: those that the forward has put on its tensors.
         most_rows: the largest dim 0 that an intercepted call of this forward had.
+        small_calls: how often each weight was caught, and which are caught no more.
         origins: knows which tensors come from the model alone; None where nobody asks.
     """
 
@@ -85,12 +86,14 @@ class Interception(TorchFunctionMode):
         self.hooks = TensorHooks()
         self.most_rows = 1
         self._one_row: dict[Any, bool] = {}
+        self.small_calls = SmallCalls()
         self.origins: Origins | None = None
 
     def begin(self) -> None:
         """Forget what an earlier forward has left."""
         self.most_rows = 1
         self._one_row.clear()
+        self.small_calls.clear()
         self.hooks.clear()
 
     def __torch_function__(
@@ -199,9 +202,9 @@ class Interception(TorchFunctionMode):
         if func in _MATMULS and len(args) == 2 and self._is_weight_from_the_left(*args):
             rule = LinearRule(F.linear, {"input": args[1].mT, "weight": args[0]})
             return self._run(rule, data).mT
-        if _writes_to(func, args, self.tracker):
+        if writes_to(func, args, self.tracker):
             return None
-        shape = _result_shape(func, args, kwargs)
+        shape = result_shape(func, args, kwargs)
         # One operand and another make a third, which meets the data later (weight / its norm).
         alone = data or sum(t.requires_grad for t in tensors_in((args, kwargs))) == 1
         if not alone or (not data and shape is None):
@@ -215,7 +218,7 @@ class Interception(TorchFunctionMode):
             if not isinstance(value, Tensor) or not value.requires_grad:
                 return value
             # Where it is not known how the call sees its operand, dim 0 may be the sample.
-            known = shape is not None and _expands(value, shape)
+            known = shape is not None and expands(value, shape)
             if func is F.scaled_dot_product_attention:
                 known &= value is kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             target = shape if shape is not None and known else value.shape
@@ -284,6 +287,8 @@ class Interception(TorchFunctionMode):
                 self.tracker.operand(t) if t is not None and t.requires_grad else None
                 for t in rule.operands
             ]
+        for name in self.small_calls.note(rule, operands):
+            self.levels[name] = NEVER
         x = rule.x
         autocast = _any_autocast()
         if x is not None:
@@ -332,49 +337,6 @@ _FACTS = {
     )
 }  # fmt: skip
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
-_SHAPE_BY_ARGUMENTS = {
-    torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to,
-}  # fmt: skip
-
-
-def _result_shape(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Size | None:
-    """Return the shape to which a call broadcasts its operands; None where that is not known."""
-    if func is F.scaled_dot_product_attention:  # position biases come as its mask
-        query, key = args[:2] if len(args) > 1 else (kwargs["query"], kwargs["key"])
-        return torch.Size((*query.shape[:-1], key.shape[-2]))
-    if func in _SHAPE_BY_ARGUMENTS:
-        return func(args[0].detach(), *args[1:], **kwargs).shape
-    if func in BROADCASTING:
-        return _broadcast(*[t.shape for t in tensors_in((args, kwargs))])
-    return None
-
-
-@functools.lru_cache(maxsize=512)
-def _broadcast(*shapes: torch.Size) -> torch.Size | None:
-    """Return the common shape; torch's own function makes tensors, and imports sympy."""
-    result = [1] * max(map(len, shapes))
-    for shape in shapes:
-        for dim, size in enumerate(reversed(shape), start=1):
-            if size != 1 and result[-dim] != size:
-                if result[-dim] != 1:
-                    return None
-                result[-dim] = size
-    return torch.Size(result)
-
-
-def _expands(tensor: Tensor, shape: torch.Size) -> bool:
-    return _broadcast(tensor.shape, shape) == shape
-
-
-def _writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker) -> bool:
-    """Whether a call changes a tracked tensor in place."""
-    name = getattr(func, "__name__", "")
-    in_place = name == "__setitem__" or name.startswith("__i") or name.endswith("_")
-    in_place &= not name.endswith("__") or name.startswith(("__i", "__setitem__"))
-    target = args[0] if args else None
-    return in_place and isinstance(target, Tensor) and bool(tracker.sources(target))
 
 
 def _own(out: Tensor) -> Tensor:

@@ -38,10 +38,10 @@ class ConvTransposeRule(ConvRule):
         pairs = zip(self._output_padding(), self._window().stride, strict=True) if fits else ()
         return fits and all(extra < stride for extra, stride in pairs)
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return the convolution of G."""
-        weight, window = operands[0], self._window()
         assert weight is not None
+        window = self._window()
         return torch.ops.aten.convolution_backward(
             grad, x.to(grad.dtype), weight.to(grad.dtype), None, window.stride, window.padding,
             window.dilation, True, self._output_padding(), window.groups, [True, False, False],
