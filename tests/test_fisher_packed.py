@@ -150,9 +150,7 @@ def test_samples_that_change_places_unseen_are_noticed_later(monkeypatch):
     batches = [(torch.randn(3, 5, 4), torch.arange(3)) for _ in range(4)]
     batches += [(torch.randn(3, 5, 4), torch.tensor([1, 2, 0]))]
     with pytest.raises(ValueError, match="'first.weight' changed"):
-        ff.estimate_fisher(
-            Moved(by_a_product), batches, loss_fn=lambda model, batch: model(*batch)
-        )
+        ff.estimate_fisher(Moved(by_a_product), batches, loss_fn=lambda model, batch: model(*batch))
 
 
 @pytest.mark.parametrize("samples", [0, 1], ids=["batch-first", "time-first"])

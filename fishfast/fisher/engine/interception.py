@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fishfast.fisher.engine.calls import expands, result_shape, writes_to
 from fishfast.fisher.engine.hooks import TensorHook, TensorHooks
 from fishfast.fisher.engine.operands import MARK, Operand, Tracker, is_opaque, tensors_in
 from fishfast.fisher.engine.origins import Origins
@@ -37,8 +38,8 @@ from fishfast.fisher.engine.rules import (
     Rule,
     autocast_input,
 )
-from fishfast.fisher.engine.shapes import expands, result_shape
 from fishfast.fisher.engine.sites import NEVER, Sites, records
+from fishfast.fisher.engine.small_calls import SmallCalls
 
 __all__ = [
     "EAGER", "LATER", "LAZY", "NEVER", "Interception", "Observer", "SecondDerivativeError",
@@ -70,6 +71,7 @@ class Interception(TorchFunctionMode):
             has another.
         hooks: those that the forward has put on its tensors.
         most_rows: the largest dim 0 that an intercepted call of this forward had.
+        small_calls: how often each weight was caught, and which are caught no more.
         origins: knows which tensors come from the model alone; None where nobody asks.
     """
 
@@ -84,12 +86,14 @@ class Interception(TorchFunctionMode):
         self.hooks = TensorHooks()
         self.most_rows = 1
         self._one_row: dict[Any, bool] = {}
+        self.small_calls = SmallCalls()
         self.origins: Origins | None = None
 
     def begin(self) -> None:
         """Forget what an earlier forward has left."""
         self.most_rows = 1
         self._one_row.clear()
+        self.small_calls.clear()
         self.hooks.clear()
 
     def __torch_function__(
@@ -199,7 +203,7 @@ class Interception(TorchFunctionMode):
         if func in _MATMULS and len(args) == 2 and self._is_weight_from_the_left(*args):
             rule = LinearRule(F.linear, {"input": args[1].mT, "weight": args[0]})
             return self._run(rule, data).mT
-        if _writes_to(func, args, self.tracker):
+        if writes_to(func, args, self.tracker):
             return None
         shape = result_shape(func, args, kwargs)
         # One operand and another make a third, which meets the data later (weight / its norm).
@@ -284,6 +288,8 @@ class Interception(TorchFunctionMode):
                 self.tracker.operand(t) if t is not None and t.requires_grad else None
                 for t in rule.operands
             ]
+        for name in self.small_calls.note(rule, operands):
+            self.levels[name] = NEVER
         x = rule.x
         autocast = _any_autocast()
         if x is not None:
@@ -332,15 +338,6 @@ _FACTS = {
     )
 }  # fmt: skip
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
-
-
-def _writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker) -> bool:
-    """Whether a call changes a tracked tensor in place."""
-    name = getattr(func, "__name__", "")
-    in_place = name == "__setitem__" or name.startswith("__i") or name.endswith("_")
-    in_place &= not name.endswith("__") or name.startswith(("__i", "__setitem__"))
-    target = args[0] if args else None
-    return in_place and isinstance(target, Tensor) and bool(tracker.sources(target))
 
 
 def _own(out: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.alone import SampleRecorder
 from fishfast.fisher.engine.audit import Audit
 from fishfast.fisher.engine.backwards import Backwards, Repeated
-from fishfast.fisher.engine.costs import in_many_small_calls
 from fishfast.fisher.engine.coupling import COUPLED, SamplesReached, names_of, refuse_coupled
 from fishfast.fisher.engine.eager import checkpoints_run_again, not_compiled
 from fishfast.fisher.engine.forwards import Forwards
@@ -145,9 +144,9 @@ class Scorer:
                     repeated.check()
                 if not all_finite(self._memory):
                     raise NotFinite(batch)
-        # Where every batch takes some, it shows here.
         if probes := self.costs.passes["probe"] - probes:
-            self.forwards.leave_to_autograd(in_many_small_calls(found, probes))
+            small_calls = self.interception.small_calls
+            self.forwards.leave_to_autograd(small_calls.after_search(size, probes))
         self._note_roads(found)
         return counted, size
 
@@ -178,11 +177,6 @@ class Scorer:
         self, losses: Losses, found: Audit, batch: Any
     ) -> tuple[Losses, Audit, Repeated | None]:
         """Give calls their rows; run the forward again while some are caught better later on."""
-        # What is batched already stays, however few samples a last batch has.
-        calls = in_many_small_calls(found).items()
-        if small := {name: why for name, why in calls if self.roads[name] == UNUSED}:
-            self.forwards.leave_to_autograd(small)
-            losses, found = self.forwards.again(batch, losses, "a weight is used in small calls")
         while True:
             try:
                 with self._no_autocast():
