@@ -79,8 +79,6 @@ class KeptStep {
     const void *address, *weight_address, *weight_storage;
     float* step;  // in host memory; null: none is counted
     int64_t group, row, k;
-    std::vector<const void*> lines;          // of memory that the questions touch
-    std::vector<const void*> written_lines;  // and mark_written
     // Of the present step.
     PyObject* grad = nullptr;
     int64_t values_version = 0, weight_version = 0;
@@ -110,8 +108,7 @@ class KeptStep {
   std::vector<Entry> entries_;
   std::vector<Owner> owners_;
   std::vector<State> states_;
-  std::vector<const void*>
-      lines_;  // of memory that the questions touch; first what is written, too
+  std::vector<const void*> lines_;  // of memory that is asked about; first what is written, too
   std::vector<std::pair<PyObject*, PyObject*>> state_;
   std::vector<std::pair<int64_t, float>> kinds_;
   char* rows_;

@@ -31,11 +31,12 @@ __all__ = ["GradientTap", "has_own_values", "is_traced", "seen_weight", "tapped_
 _SMALL = 2**20
 # Before every other sequence number of autograd: the engine runs a node with a higher one first.
 _FIRST = 2**64 - 1
+_is_transformed = torch._C._are_functorch_transforms_active
 
 
 def is_traced() -> bool:
     """Return whether torch.compile or a transform of torch.func looks on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or _is_transformed()
 
 
 class GradientTap(torch.autograd.Function):
@@ -119,10 +120,17 @@ class _Tap:
     The tapped tensor keeps the weight's memory alive, so an equal address is the same memory.
     """
 
-    __slots__ = ("in_use", "made_of", "node", "small", "tapped", "values", "weight")
+    __slots__ = (
+        "address", "dtype", "in_use", "node", "small", "stream", "strides", "tapped", "trained",
+        "values", "weight",
+    )  # fmt: skip
 
     def __init__(self, weight: Tensor, values: Tensor, target: Target) -> None:
-        self.weight, self.values, self.made_of = weight, values, _made_of(weight, values)
+        self.weight, self.values, self.trained = weight, values, values.requires_grad
+        self.address, self.dtype = weight.data_ptr(), weight.dtype
+        # Of the shape that the target knows.
+        self.strides = None if weight.is_contiguous() else weight.stride()
+        self.stream = _stream(weight) if weight.is_cuda else None
         self.tapped: Tensor = KeptTap.apply(weight, values, target)
         self.node = self.tapped.grad_fn
         if self.node is not None:  # else every dense gradient would live until the end of backward
@@ -141,19 +149,18 @@ class _Tap:
             and values is self.values
             and tapped.grad_fn is self.node
             and not tapped.retains_grad
-            and _made_of(weight, values) == self.made_of
-            and not torch._C._are_functorch_transforms_active()
+            and weight.data_ptr() == self.address
+            and (weight.is_contiguous() if (s := self.strides) is None else weight.stride() == s)
+            and weight.dtype is self.dtype
+            and values.requires_grad is self.trained
+            and (self.stream is None or _stream(weight) == self.stream)
+            and not _is_transformed()
         )
 
 
-def _made_of(weight: Tensor, values: Tensor) -> tuple[Any, ...]:
-    """Return what a tap made later would have else, of the same weight and values."""
-    return (
-        weight.data_ptr(), weight.stride(), weight.shape, weight.dtype,
-        values.requires_grad,
-        # Autograd runs a node on the stream on which it was made.
-        torch._C._cuda_getCurrentRawStream(weight.get_device()) if weight.is_cuda else None,
-    )  # fmt: skip
+def _stream(weight: Tensor) -> int:
+    """Return the stream of now: autograd runs a node on the one on which it was made."""
+    return torch._C._cuda_getCurrentRawStream(weight.get_device())
 
 
 # A kept tap holds its compact parameter through autograd's graph, in C++, and the parameter holds
