@@ -6,13 +6,16 @@ of our own kernels, which are counted where the compiled extension is asked for.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fishfast import _backend
 
@@ -23,6 +26,11 @@ _NO_LAUNCH = {
     "alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty",
     "new_empty_strided", "_reshape_alias", "_unsafe_view",
 }  # fmt: skip
+_NUM_SMS = 132  # an H200's
+_KERNELS = (
+    "fisher_conv", "fisher_embedding", "fisher_linear", "fisher_linear_rows", "fisher_sum",
+    "splits",
+)  # fmt: skip
 # The host needs the values, or how many there are of them.
 _WAITS = {
     "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique_dim",
@@ -86,10 +94,48 @@ class _Extension:
         return getattr(self._extension, name)
 
 
+class _Kernel:
+    """A Triton kernel that is counted and does not run: its arguments need no card."""
+
+    def __init__(self, name: str, counts: Counts) -> None:
+        self._name, self._counts = name, counts
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(**arguments: Any) -> None:
+            self._counts.ours[self._name] += 1
+            with _disable_current_modes():  # what was there before is no score
+                for name in ("out_ptr", "bias_out_ptr"):
+                    if isinstance(arguments.get(name), Tensor):
+                        arguments[name].zero_()
+
+        return launch
+
+
 @contextmanager
-def counted() -> Iterator[Counts]:
-    """Count what is called inside."""
+def counted(card: bool = False) -> Iterator[Counts]:
+    """Count what is called inside.
+
+    Args:
+        card: as in front of a GPU: the Triton kernels in the place of the compiled ones, counted
+            and not run, so that scores are none.
+
+    Yields:
+        The counts, complete at the end.
+    """
     counts = Counts()
-    with mock.patch.object(_backend, "compiled", lambda extension=_Extension(counts): extension):
-        with counts:
-            yield counts
+    with contextlib.ExitStack() as stack:
+        if card:
+            from fishfast.kernels import launch
+
+            stack.enter_context(mock.patch.object(_backend, "choose", return_value="triton"))
+            stack.enter_context(mock.patch.object(launch, "num_sms", return_value=_NUM_SMS))
+            for name in _KERNELS:
+                module = importlib.import_module(f"fishfast.kernels.{name}")
+                for kernel in [key for key in vars(module) if key.endswith("_kernel")]:
+                    stub = _Kernel(kernel, counts)
+                    stack.enter_context(mock.patch.object(module, kernel, stub))
+        else:
+            extension = _Extension(counts)
+            stack.enter_context(mock.patch.object(_backend, "compiled", return_value=extension))
+        stack.enter_context(counts)
+        yield counts

@@ -299,8 +299,8 @@ def equilibrium(draw):
 
 
 BLOCKS = [
-    linear, linear, conv, norm, attention, recurrent, tables, adapter, reordered, one_by_one, hooked,
-    equilibrium,
+    linear, linear, conv, norm, attention, recurrent, tables, adapter, reordered, one_by_one,
+    hooked, equilibrium,
 ]  # fmt: skip
 
 # ---- heads --------------------------------------------------------------------------------------

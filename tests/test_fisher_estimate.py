@@ -96,7 +96,7 @@ def test_arguments_are_checked(arguments, error, text, tmp_path, monkeypatch):
         (lambda m, b: None, r"must return outputs \[B, ...\] that depend on parameters; got"),
         (lambda m, b: m(b[0]).tolist(), r"must return outputs \[B, ...\]"),
         (lambda m, b: m(b[0]).detach(), r"that depend on parameters; got shape \(4, 4\)"),
-        (lambda m, b: m(b[0])[:0], r"that depend on parameters; got shape \(0, 4\)"),
+        (lambda m, b: m(b[0])[:0], "batches must give at least one sample; got none"),
         (lambda m, b: m(b[0]).sum(), r"that depend on parameters; got shape \(\)"),
         (lambda m, b: m(b[0])[:, :1], r"C >= 2, for head='softmax'; got \(4, 1\)"),
         (lambda m, b: m(b[0])[:, None], r"for head='softmax'; got \(4, 1, 4\); 'tokens' is for"),

@@ -71,6 +71,10 @@ def estimate_fisher(
     is that of a forward and backward; layers that checkpoint in train mode only, as in
     transformers, do not in eval mode.
 
+    The forward runs once for each batch, and again for the first where weights are caught better
+    further on: from the same batch, buffers and random state, and with the same losses. Hooks on
+    activations run in every backward, as the forward left them.
+
     Losses that couple samples (a batch mean, a contrastive loss) are refused where the coupling
     reaches every batched layer, and where they are one expanded value. Elsewhere each loss's own
     gradient is exact, but depends on the samples that share its batch.
@@ -119,7 +123,9 @@ def estimate_fisher(
             tensor, string or no iterable, a number not an integer, or a parameter complex.
         ValueError: no trainable parameter, a lazy one, no sample, an argument out of range or that
             goes with another ``fisher_type``, losses that are not one finite number per sample,
-            losses that couple samples in every batched layer, gradients that are not finite (with
+            losses that couple samples in every batched layer, that depend on none of the model's
+            parameters or that change when a forward has to run again, a hook that changes from
+            backward to backward, gradients that are not finite (with
             the sample and the parameter), scores that overflow fp32, a file or processes of
             another run.
 

@@ -194,9 +194,9 @@ def transposed_convolutions():
 LAYERS: dict[str, Callable[[], Case]] = {
     make.__name__: make
     for make in (
-        convnet_with_norms, transposed_convolutions, conv_channels_last, conv_weight_channels_last,
-        patches, layer_norms,
-        layer_norm_of_vectors, layer_norm_of_channels, rms_norms, group_norms,
+        convnet_with_norms, transposed_convolutions, conv_channels_last,
+        conv_weight_channels_last, patches, layer_norms, layer_norm_of_vectors,
+        layer_norm_of_channels, rms_norms, group_norms,
         group_norm_of_vectors, instance_norms, batch_norms, norms_of_volumes,
         norms_called_with_half_their_weights,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -48,10 +47,8 @@ class Accumulator:
         if backend != "triton":
             module: Any = accumulate_cpu if backend == "cpu" else accumulate
             return getattr(module, f"add_{operation}")  # type: ignore[no-any-return]
-        if operation == "blocks":
-            parts = self._backend_of(score, "linear"), self._backend_of(score, "sum")
-            return functools.partial(accumulate.add_blocks_by, *parts)
-        module = importlib.import_module(f"fishfast.kernels.fisher_{operation}")
+        file = {"blocks": "linear"}.get(operation, operation)
+        module = importlib.import_module(f"fishfast.kernels.fisher_{file}")
         return getattr(module, f"add_{operation}")  # type: ignore[no-any-return]
 
     def add_linear(

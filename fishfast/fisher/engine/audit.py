@@ -33,12 +33,12 @@ _CUTTING = {
     "SelectBackward0": ("_saved_index",), "SliceBackward0": ("_saved_start", "_saved_end"),
     "RollBackward0": ("_saved_shifts",),
 }  # fmt: skip
-# Calls whose dims a model may choose by its data.
-_TURNING = {
-    "PermuteBackward0": ("_saved_dims",), "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
-    "FlipBackward0": ("_saved_dims",), "StackBackward0": ("_saved_dim",),
-    "CatBackward0": ("_saved_dim",), "UnbindBackward0": ("_saved_dim",),
-}  # fmt: skip
+# What a model may choose by its data: dims that samples may be in, without changing any size.
+_CHOSEN = (
+    "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_dimension",
+    "_saved_keepdim", "_saved_normalized_shape",
+)  # fmt: skip
+_VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
 
 
 class Audit:
@@ -51,6 +51,7 @@ class Audit:
         structure: the same for graphs of the same calls that feed each other in the same way,
             whatever the sizes, and cut the samples' dim in the same places.
         nodes: all nodes of the graph, but for its leaves.
+        views: those that give their argument another shape.
         movers: those where tensors of indices put rows elsewhere.
         python: those whose gradients pass through Python (a hook, a custom function), which need
             not treat each sample by itself.
@@ -60,11 +61,12 @@ class Audit:
 
     def __init__(
         self, calls: list[Any], foreign: dict[str, str], plan: Plan, structure: int,
-        nodes: list[Any], movers: list[Any], python: list[Any], others: list[Tensor],
-        num_samples: int,
+        nodes: list[Any], views: list[Any], movers: list[Any], python: list[Any],
+        others: list[Tensor], num_samples: int,
     ) -> None:  # fmt: skip
         self.calls, self.foreign, self.plan, self.structure = calls, foreign, plan, structure
-        self.nodes, self.movers, self.python, self.others = nodes, movers, python, others
+        self.nodes, self.views, self.movers, self.python = nodes, views, movers, python
+        self.others = others
         self.num_samples = num_samples
 
     @functools.cached_property
@@ -102,6 +104,8 @@ class _Kind(NamedTuple):
         is_asked: whether nodes of the kind differ in more than their inputs.
         is_leaf: whether they end at a parameter or another leaf.
         is_python: whether gradients pass through Python, in a function that is none of ours.
+        is_view: whether they give their argument another shape.
+        chosen: attributes that tell one from another.
     """
 
     name: str
@@ -109,6 +113,8 @@ class _Kind(NamedTuple):
     is_asked: bool
     is_leaf: bool
     is_python: bool
+    is_view: bool
+    chosen: tuple[str, ...]
 
 
 _KINDS: dict[type, _Kind] = {}
@@ -117,10 +123,13 @@ _REENTRANT = "CheckpointFunctionBackward"
 
 def _kind(node: Any) -> _Kind:
     name = node.name()
-    asked = name in _MOVING or name in _CUTTING or name in _TURNING or name == _REENTRANT
+    asked = name in _MOVING or name in _CUTTING or name == _REENTRANT
+    chosen = tuple(saved for saved in _CHOSEN if hasattr(node, saved))
     is_call = hasattr(node, "rule")
     python = is_python(node) and not is_call
-    kind = _Kind(name, is_call, asked, hasattr(node, "variable"), python)
+    kind = _Kind(
+        name, is_call, asked, hasattr(node, "variable"), python, name in _VIEWS, chosen
+    )  # fmt: skip
     if type(node).__name__ == name:  # nodes of other libraries share one type
         _KINDS[type(node)] = kind
     return kind
@@ -149,6 +158,7 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
     walked: list[Any] = [losses.output_nr]
     movers: list[Any] = []
     python: list[Any] = []
+    views: list[Any] = []
     nodes: list[Any] = []
     others: list[Tensor] = []
     num_samples = len(losses)
@@ -170,6 +180,10 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
                 movers.append(node)
         elif kind.is_python:
             python.append(node)
+        elif kind.is_view:
+            views.append(node)
+        if kind.chosen:
+            walked += [getattr(node, saved) for saved in kind.chosen]
         for parent, output in node.next_functions:
             if parent is None:
                 walked.append(None)
@@ -191,7 +205,7 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
     plan = plans.of(structure, [node.operands for node in calls])
     python += [node for node in hooked if node in numbers]
     return Audit(
-        calls, foreign, plan, structure, nodes, movers, python, others, num_samples
+        calls, foreign, plan, structure, nodes, views, movers, python, others, num_samples
     )  # fmt: skip
 
 
@@ -203,8 +217,6 @@ def _answer(name: str, node: Any, num_samples: int) -> Any:
             "hidden from the audit; got a checkpoint function of another library; use "
             "torch.utils.checkpoint"
         )
-    if name in _TURNING:
-        return str([getattr(node, saved) for saved in _TURNING[name]])
     return _cut(node, num_samples) if name in _CUTTING else None
 
 
@@ -235,7 +247,7 @@ def _cut(node: Any, num_samples: int) -> Any:
     if dims is None:
         sizes = node._saved_self_sym_sizes
         dim = signed_dim(node._saved_dim, len(sizes))
-        if dim > 1 or (dim == 1 and sizes[dim] != num_samples):
+        if dim != 0 and sizes[dim] != num_samples:
             return None
     return str([getattr(node, name) for name in _CUTTING[node.name()]] + [dims])
 

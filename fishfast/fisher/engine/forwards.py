@@ -35,7 +35,8 @@ class Forwards:
         fallback: name -> reason, for parameters that are left to autograd.
         random_state: from which a model draws.
         reached: whether a loss has reached a parameter, in any batch.
-        others: shapes of leaves with a gradient that are not the model's parameters.
+        others: leaves with a gradient that are not the model's: whether they are parameters of
+            another one, and their shapes.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Forwards:
         self.fallback: dict[str, str] = {}
         self.random_state = OwnRandomState(p.device for p in self._parameters.values())
         self.reached = False
-        self.others: set[tuple[int, ...]] = set()
+        self.others: set[tuple[bool, tuple[int, ...]]] = set()
 
     def leave_to_autograd(self, reasons: Mapping[str, str]) -> None:
         """From the next forward on: checkpoints of this one run again as it has run."""
@@ -176,7 +177,8 @@ class Forwards:
     def _check_reached(self, found: Audit) -> None:
         """Refuse losses of another model's parameters."""
         anchor = self._interception.anchor
-        self.others.update(tuple(leaf.shape) for leaf in found.others if leaf is not anchor)
+        leaves = [leaf for leaf in found.others if leaf is not anchor]
+        self.others.update((isinstance(leaf, nn.Parameter), tuple(leaf.shape)) for leaf in leaves)
         self.reached |= bool(found.calls or found.foreign or found.num_samples == 0)
         if self.reached:
             return

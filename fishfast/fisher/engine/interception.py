@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fishfast.fisher.engine.calls import expands, result_shape, writes_to
 from fishfast.fisher.engine.hooks import TensorHook, TensorHooks
 from fishfast.fisher.engine.operands import MARK, Operand, Tracker, is_opaque, tensors_in
 from fishfast.fisher.engine.origins import Origins
@@ -38,6 +37,7 @@ from fishfast.fisher.engine.rules import (
     Rule,
     autocast_input,
 )
+from fishfast.fisher.engine.shapes import expands, result_shape
 from fishfast.fisher.engine.sites import NEVER, Sites, records
 from fishfast.fisher.engine.small_calls import SmallCalls
 
@@ -107,7 +107,7 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FACTS:
             return func(*args, **kwargs)
-        if func in RULES:
+        if func in RULES and self.origins is None:
             again = self.sites.rule(func, args, kwargs, self.levels)
             if again is not None:  # nearly always
                 return self._run(again[0], True, again[1])
@@ -181,7 +181,8 @@ class Interception(TorchFunctionMode):
             rule = None
         if rule is not None:
             operands = self._parameters(rule)
-            if operands is not None and rule.x.requires_grad and not self._sources(rule.x):
+            in_the_midst = operands is not None and rule.x.requires_grad and self.origins is None
+            if in_the_midst and not self._sources(rule.x):
                 self.sites.remember(func, args, kwargs, rule, operands)
                 return self._run(rule, True, operands)
             x_comes_from_parameters = rule.x.requires_grad and bool(self._sources(rule.x))
@@ -202,7 +203,7 @@ class Interception(TorchFunctionMode):
         if func in _MATMULS and len(args) == 2 and self._is_weight_from_the_left(*args):
             rule = LinearRule(F.linear, {"input": args[1].mT, "weight": args[0]})
             return self._run(rule, data).mT
-        if writes_to(func, args, self.tracker):
+        if _writes_to(func, args, self.tracker):
             return None
         shape = result_shape(func, args, kwargs)
         # One operand and another make a third, which meets the data later (weight / its norm).
@@ -337,6 +338,15 @@ _FACTS = {
     )
 }  # fmt: skip
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+
+def _writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker) -> bool:
+    """Whether a call changes a tracked tensor in place."""
+    name = getattr(func, "__name__", "")
+    in_place = name == "__setitem__" or name.startswith("__i") or name.endswith("_")
+    in_place &= not name.endswith("__") or name.startswith(("__i", "__setitem__"))
+    target = args[0] if args else None
+    return in_place and isinstance(target, Tensor) and bool(tracker.sources(target))
 
 
 def _own(out: Tensor) -> Tensor:

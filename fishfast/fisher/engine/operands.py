@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from fishfast.fisher.engine.gradients import gradients
 
-__all__ = [
-    "MARK", "Operand", "Region", "Tracker", "disjoint_groups", "is_opaque", "tensors_in",
-]  # fmt: skip
+__all__ = ["MARK", "Operand", "Region", "Tracker", "disjoint_groups", "is_opaque", "tensors_in"]
 
 # Backward nodes of calls that treat every element by itself.
 _BY_ELEMENT = {

@@ -122,7 +122,8 @@ class RowFinder:
         num_samples = len(losses)
         if num_samples == 1:
             return [None] * len(found.calls)
-        sizes = tuple(node.lead for node in found.calls)
+        sizes = tuple([node.lead for node in found.calls])
+        sizes += tuple([node._saved_self_sym_sizes for node in found.views])
         steps = self._steps.get((found.structure, num_samples, sizes))
         if steps is None:
             of = sample_steps(losses.grad_fn, losses.output_nr, num_samples, found.consumers)

@@ -118,6 +118,8 @@ def _of_argument(
         return None
     name = node.name().partition("Backward")[0]
     after = tuple(node._input_metadata[output].shape)
+    if not all(isinstance(size, int) for size in (*before, *after)):
+        return None  # nested tensors
     if step < 0:
         return _uncut(node, name, output, step, before, num_samples)
     if name in _VIEWS:
@@ -156,10 +158,8 @@ def is_python(node: Any) -> bool:
 def _uncut(
     node: Any, name: str, output: int, step: int, before: Shape, num_samples: int
 ) -> int | None:
-    """For a result that is all one sample's: so are its arguments, unless it is cut from them.
-
-    A model that takes its samples apart in Python, and stacks what it has of each.
-    """
+    # For a result that is all one sample's: so are its arguments, unless it is cut from them. Such
+    # are the results of models that take their samples apart in Python, and stack what they make.
     if name not in {"Select", "Unbind", "Slice", "Split"}:
         return step
     (dim,) = _dims(node, len(before))

@@ -368,14 +368,16 @@ class Scorer:
     def note_unreached(self) -> None:
         """Say which parameters no loss has reached, where the losses reach others instead."""
         unused = [name for name, road in self.roads.items() if road == UNUSED]
-        if not unused or not self.forwards.others:
+        own = {tuple(self.parameters[name].shape) for name in unused}
+        others = [shape for of_a_model, shape in self.forwards.others if of_a_model or shape in own]
+        if not unused or not others:
             return
         self.roads.update(dict.fromkeys(unused, NOT_REACHED))
         warnings.warn(
             f"no loss reaches {', '.join(map(repr, unused[:3]))}"
             f"{', ...' if len(unused) > 3 else ''}, whose scores are 0, but losses reach trainable "
-            f"tensors that are not the model's, of shape {min(self.forwards.others)} for one; if "
-            "those take the parameters' place, score the model that loss_fn calls",
+            f"tensors that are not the model's, of shape {min(others)} for one; if those take the "
+            "parameters' place, score the model that loss_fn calls",
             stacklevel=5,
         )
 

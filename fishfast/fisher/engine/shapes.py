@@ -1,4 +1,4 @@
-"""What can be told of a call from its function and arguments, before it runs."""
+"""To which shape a call broadcasts its operands."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fishfast.fisher.engine.operands import Tracker, tensors_in
+from fishfast.fisher.engine.operands import tensors_in
 from fishfast.fisher.engine.rules import BROADCASTING
 
-__all__ = ["expands", "result_shape", "writes_to"]
+__all__ = ["expands", "result_shape"]
 
 _SHAPE_BY_ARGUMENTS = {
     torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to,
@@ -23,15 +23,15 @@ _SHAPE_BY_ARGUMENTS = {
 def result_shape(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Size | None:
-    """Return the shape to which a call broadcasts its operands.
+    """Return the shape to which a call broadcasts its operands; None where that is not known.
 
     Args:
-        func: the function.
-        args: of the call.
-        kwargs: of the call.
+        func: what is called.
+        args: with what.
+        kwargs: likewise.
 
     Returns:
-        The shape; None where it is not known.
+        The shape, or None.
     """
     if func is F.scaled_dot_product_attention:  # position biases come as its mask
         query, key = args[:2] if len(args) > 1 else (kwargs["query"], kwargs["key"])
@@ -57,31 +57,5 @@ def _broadcast(*shapes: torch.Size) -> torch.Size | None:
 
 
 def expands(tensor: Tensor, shape: torch.Size) -> bool:
-    """Return whether a tensor broadcasts to a shape.
-
-    Args:
-        tensor: any.
-        shape: a larger one, or its own.
-
-    Returns:
-        Whether it does.
-    """
+    """Return whether a tensor broadcasts to a shape."""
     return _broadcast(tensor.shape, shape) == shape
-
-
-def writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker) -> bool:
-    """Return whether a call changes a tracked tensor in place.
-
-    Args:
-        func: the function.
-        args: of the call.
-        tracker: the tracked parameters.
-
-    Returns:
-        Whether it does.
-    """
-    name = getattr(func, "__name__", "")
-    in_place = name == "__setitem__" or name.startswith("__i") or name.endswith("_")
-    in_place &= not name.endswith("__") or name.startswith(("__i", "__setitem__"))
-    target = args[0] if args else None
-    return in_place and isinstance(target, Tensor) and bool(tracker.sources(target))
