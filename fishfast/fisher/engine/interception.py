@@ -181,8 +181,8 @@ class Interception(TorchFunctionMode):
             rule = None
         if rule is not None:
             operands = self._parameters(rule)
-            in_the_midst = operands is not None and rule.x.requires_grad and self.origins is None
-            if in_the_midst and not self._sources(rule.x):
+            in_the_midst = rule.x.requires_grad and self.origins is None
+            if operands is not None and in_the_midst and not self._sources(rule.x):
                 self.sites.remember(func, args, kwargs, rule, operands)
                 return self._run(rule, True, operands)
             x_comes_from_parameters = rule.x.requires_grad and bool(self._sources(rule.x))
