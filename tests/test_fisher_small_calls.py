@@ -85,13 +85,19 @@ def batches_of(steps, *sizes):
     ]  # fmt: skip
 
 
+def assert_exact(fisher, case):
+    """One unit in the last place of fp32 for each step, besides what other layers add."""
+    rounding = 2**-23 * case.batches[0][0].shape[1]
+    assert_as_exact_as_a_loop(fisher, truth(case), truth(case, torch.float32), rounding=rounding)
+
+
 @pytest.mark.parametrize("sizes", [(4, 4, 2), (1, 3), (5,)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_many_small_calls_are_left_to_autograd(name, sizes):
     run, weights, left = MODELS[name]
     case = Case(net(run, weights), batches_of(90, *sizes), classify)
     fisher = score(case)
-    assert_as_exact_as_a_loop(fisher, truth(case), truth(case, torch.float32))
+    assert_exact(fisher, case)
     assert set(fisher.fallback) == left
     assert all(reason == REASON for reason in fisher.fallback.values())
     assert REASON in fisher.report()
@@ -105,7 +111,7 @@ def test_fewer_calls_are_batched(name, steps):
     run, weights, _ = MODELS[name]
     case = Case(net(run, weights), batches_of(steps, 4, 4), classify)
     fisher = score(case)
-    assert_as_exact_as_a_loop(fisher, truth(case), truth(case, torch.float32))
+    assert_exact(fisher, case)
     assert not fisher.fallback
 
 
@@ -114,14 +120,14 @@ def test_larger_calls_are_batched():
     run, weights, _ = MODELS["vector"]
     case = Case(net(run, weights), batches_of(70, 65), classify)
     fisher = score(case)
-    assert_as_exact_as_a_loop(fisher, truth(case), truth(case, torch.float32))
+    assert_exact(fisher, case)
     assert not fisher.fallback
 
 
 def test_steps_inside_checkpoints_are_caught_again_as_they_were():
     case = Case(net(in_segments, {"u": parameter(5)}), batches_of(160, 4, 3), classify)
     fisher = score(case)
-    assert_as_exact_as_a_loop(fisher, truth(case), truth(case, torch.float32))
+    assert_exact(fisher, case)
 
 
 def test_a_state_that_is_carried_over_is_no_reason_to_run_again():

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fishfast.fisher.engine.calls import expands, result_shape, writes_to
 from fishfast.fisher.engine.hooks import TensorHook, TensorHooks
 from fishfast.fisher.engine.operands import MARK, Operand, Tracker, is_opaque, tensors_in
 from fishfast.fisher.engine.origins import Origins
@@ -203,7 +202,7 @@ class Interception(TorchFunctionMode):
         if func in _MATMULS and len(args) == 2 and self._is_weight_from_the_left(*args):
             rule = LinearRule(F.linear, {"input": args[1].mT, "weight": args[0]})
             return self._run(rule, data).mT
-        if writes_to(func, args, self.tracker):
+        if _writes_to(func, args, self.tracker):
             return None
         shape = result_shape(func, args, kwargs)
         # One operand and another make a third, which meets the data later (weight / its norm).

@@ -31,7 +31,8 @@ from fishfast.fisher.engine.plan import Group, Plans
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
 from fishfast.fisher.engine.rules import BroadcastRule, ScaleRule
-from fishfast.fisher.engine.score_memory import all_finite, buffers_of
+from fishfast.fisher.engine.score_memory import Scores
+from fishfast.fisher.engine.staged_scores import StagedScores
 from fishfast.fisher.engine.witness import Witness
 from fishfast.fisher.foreign import local
 from fishfast.fisher.objective import Losses, Objective
@@ -68,7 +69,7 @@ class Scorer:
         model: what is scored.
         objective: what is differentiated.
         parameters: the parameters to score, by name.
-        scores: fp32 accumulators by the same names and of the same strides, added to in place.
+        scores: fp32 accumulators by the same names, added to in place.
         add: f, and what runs the sums.
 
     Attributes:
@@ -82,7 +83,7 @@ class Scorer:
         model: nn.Module,
         objective: Objective,
         parameters: Mapping[str, nn.Parameter],
-        scores: Mapping[str, Tensor],
+        scores: Scores | StagedScores,
         add: Accumulator,
     ) -> None:
         self.model, self.objective = model, objective
@@ -92,7 +93,6 @@ class Scorer:
         self.forwards = Forwards(model, objective, self.interception, Plans(scores), self.costs)
         self.backwards = Backwards(self.interception, self.costs)
         self.rows = RowFinder()
-        self._memory = buffers_of(scores.values())
         self._noted: Any = None  # what the roads follow from
         self._grads = {name: (p.grad, _version(p.grad)) for name, p in parameters.items()}
         self._one_loss_each = False  # known from a batch with several
@@ -143,7 +143,7 @@ class Scorer:
                     row = following
                 if repeated is not None:
                     repeated.check()
-                if not all_finite(self._memory):
+                if not self.scores.settle():
                     raise NotFinite(batch)
         if probes := self.costs.passes["probe"] - probes:
             small_calls = self.interception.small_calls
@@ -336,7 +336,9 @@ class Scorer:
                     if grad is not None:
                         recorder.add(name, local(grad, like=self.parameters[name]))
                 for name, grad in recorder.total.items():
-                    self.scores[name] += self.add.f(grad)
+                    score = self.scores[name]
+                    score += self.add.f(grad)
+                    self.scores.trim()
 
     def _note_roads(self, found: Audit) -> None:
         in_order = [node.rows is None or node.rows.layout is not None for node in found.calls]
