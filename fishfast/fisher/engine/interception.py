@@ -37,6 +37,7 @@ from fishfast.fisher.engine.rules import (
     Rule,
     autocast_input,
 )
+from fishfast.fisher.engine.shapes import expands, result_shape
 from fishfast.fisher.engine.sites import NEVER, Sites, records
 from fishfast.fisher.engine.small_calls import SmallCalls
 
@@ -337,6 +338,15 @@ _FACTS = {
     )
 }  # fmt: skip
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+
+def _writes_to(func: Callable[..., Any], args: tuple[Any, ...], tracker: Tracker) -> bool:
+    """Whether a call changes a tracked tensor in place."""
+    name = getattr(func, "__name__", "")
+    in_place = name == "__setitem__" or name.startswith("__i") or name.endswith("_")
+    in_place &= not name.endswith("__") or name.startswith(("__i", "__setitem__"))
+    target = args[0] if args else None
+    return in_place and isinstance(target, Tensor) and bool(tracker.sources(target))
 
 
 def _own(out: Tensor) -> Tensor:
