@@ -2,6 +2,7 @@
 #   make demo                            the demo on real data, with pictures in demo-pictures/
 #   make test                            the tests, in two processes; its head says what it leaves out
 #   make test-long                       the exhaustive ones
+#   make test-card                       those for a GPU, on a simulated one
 #   make test TORCH=torch                with another torch, here the newest
 # torch and triton are those that were tested, and all else is as in constraints.txt. Where torch brings
 # a triton (its builds for CUDA do), that one stays.
@@ -15,7 +16,7 @@ BENCH_SECONDS ?= 1080
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install $(CONSTRAINTS:%=-c %)
 
-.PHONY: demo test test-long test-newest constraints doctest lint bench mutants clean
+.PHONY: demo test test-long test-card test-newest constraints doctest lint bench mutants clean
 
 demo: $(VENV)/installed
 	$(RUN) -m fishfast demo --png demo-pictures
@@ -27,6 +28,10 @@ test: $(VENV)/installed
 # The exhaustive grids, of which make test runs a thin cut.
 test-long: $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --no-loadscope-reorder -m long
+
+# The tests for a GPU, on a card that is simulated: needs a torch without CUDA.
+test-card: $(VENV)/installed
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --no-loadscope-reorder -m gpu --simulated-card
 
 # Before a release: everything at its newest, in an environment of its own.
 test-newest:

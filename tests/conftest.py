@@ -39,6 +39,23 @@ pytest.register_assert_rewrite(
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option."""
+    parser.addoption(
+        "--simulated-card",
+        action="store_true",
+        help="run the tests marked gpu on a card that is not there (tests/simulated_card)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Install the card before a test file asks for one."""
+    if config.option.simulated_card:
+        from simulated_card.plugin import SimulatedCard
+
+        config.pluginmanager.register(SimulatedCard(config))
+
+
 def pytest_report_header() -> list[str]:
     """Name the files and backends under test, so that a log tells what ran."""
     info = ff.build_info()

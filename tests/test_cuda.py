@@ -180,3 +180,29 @@ def test_moving_the_tuned_model_to_the_card() -> None:
     optimizer.step()
     changed = (model[4].weight.detach() != before).sum()
     assert 0 < int(changed) <= len(tuned.mask["4.weight"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_whole_road_on_a_second_card_while_the_first_is_current() -> None:
+    """Scores, mask, steps and delta of a model on cuda:1 are those on the CPU; cuda:0 has none."""
+    found = {}
+    for device in ("cpu", "cuda:1"):
+        torch.manual_seed(0)
+        model = net().to(device)
+        scores = ff.estimate_fisher(model, batches(device), loss_fn=losses)
+        mask = ff.top_k_mask(scores, density=0.1)
+        tuned = ff.train_only(model, mask)
+        for optimizer in (ff.AdamW(tuned.parameters(), lr=0.1), ff.SGD(tuned.parameters(), lr=0.1)):
+            for batch in batches(device):
+                losses(model, batch).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        places = {t.device for t in (*model.state_dict().values(), *scores.values())}
+        assert places == {torch.device(device)}
+        found[device] = (scores, mask, dict(tuned.named_parameters()))
+    assert torch.cuda.current_device() == 0
+    (scores, mask, values), (other_scores, other_mask, other_values) = found.values()
+    assert mask == other_mask
+    for a, b in ((scores, other_scores), (values, other_values)):
+        for name in a:
+            torch.testing.assert_close(b[name].cpu(), a[name], rtol=1e-3, atol=1e-6)

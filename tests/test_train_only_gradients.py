@@ -23,6 +23,7 @@ from train_only_modules import (
 )
 
 import fishfast as ff
+from fishfast.training.gradient import weight_tap
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -119,3 +120,16 @@ def test_embedding_with_sparse_gradients() -> None:
     square_loss(TOKENS)(model).backward()
     (values,) = tuned.parameters()
     assert same_bits(values.grad, expected.flatten()[tuned.mask["weight"].long()])
+
+
+def test_an_attribute_error_in_the_tap_is_no_plain_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python asks nn.Module for an attribute whose property lacks one: it has the frozen weight."""
+
+    def lacks_something(*_: Any) -> None:
+        raise AttributeError("torch has no stream")
+
+    model = nn.Linear(3, 2)
+    ff.train_only(model, ff.random_mask(model, k=2, seed=0))
+    monkeypatch.setattr(weight_tap, "_tapped", lacks_something)
+    with pytest.raises(RuntimeError, match=r"masked weight 'weight' cannot be read: torch has no"):
+        model(torch.ones(1, 3))

@@ -15,7 +15,7 @@ from fishfast._wrappers import unwrapped
 from fishfast.files.atomic import PathLike
 from fishfast.fisher.distributed import all_reduce_, announce_failure
 from fishfast.fisher.engine.accumulator import Accumulator
-from fishfast.fisher.engine.score_memory import zero_scores
+from fishfast.fisher.engine.score_memory import checked_device, zero_scores
 from fishfast.fisher.engine.scorer import Scorer
 from fishfast.fisher.foreign import as_sharded, refuse_sample_hooks
 from fishfast.fisher.heads import HEADS
@@ -48,6 +48,7 @@ def estimate_fisher(
     save_every: float = 60.0,
     process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    scores_device: torch.device | str | None = None,
 ) -> Fisher:
     r"""Estimate the diagonal Fisher information of every trainable parameter, exactly per sample.
 
@@ -84,7 +85,8 @@ def estimate_fisher(
             noise that a model draws comes from a state of the scoring's own. Hooks on parameters
             do not run while it is scored. Of a DistributedDataParallel, the inside is scored.
         batches: an iterable of batches, such as a DataLoader. One batch alone is refused if it is a
-            mapping, tensor or string; a tuple or list is taken for one of batches.
+            mapping, tensor or string; a tuple or list is taken for one of batches. Each forward
+            gets copies of a batch's containers and objects, with the tensors themselves.
         loss_fn: ``loss_fn(model, batch)`` returns the B losses of the batch's samples, shape
             ``[B]``. Default: for mappings with ``labels``, see `labelled_batch_losses`.
             "empirical" only.
@@ -108,9 +110,14 @@ def estimate_fisher(
         process_group: sum over its processes, each with batches of its own; every process gets
             the same scores. Each needs its own ``resume_path``.
         backend: ``"auto"``, ``"cpu"`` (compiled), ``"triton"`` or ``"torch"``.
+        scores_device: where the scores live, with the same bits. Default: each on its parameter's
+            device, 4 bytes a weight. ``"cpu"`` keeps them in the host's memory; a layer's scores
+            come to its device and go back in each batch, of which at most 256 MB and those of a
+            call are there at once.
 
     Returns:
-        A `Fisher`: name -> fp32 scores of the parameter's shape, on the parameter's device.
+        A `Fisher`: name -> fp32 scores of the parameter's shape, on the parameter's device or
+        ``scores_device``.
 
     Raises:
         TypeError: ``model`` is not a module, a function is not callable, ``batches`` a mapping,
@@ -148,7 +155,7 @@ def estimate_fisher(
     _check_labels(loss_fn, fisher_type, outputs_fn, head, num_label_samples)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    parameters = _trainable(model)
+    parameters, device = _trainable(model), checked_device(scores_device)
     _backend.choose("fisher", next(iter(parameters.values())).device, backend)
     generator = torch.Generator().manual_seed(seed)
     if fisher_type == "empirical":
@@ -156,8 +163,9 @@ def estimate_fisher(
     else:
         objective = over_labels(outputs_fn, head, fisher_type, power, num_label_samples, generator)
     with torch.inference_mode(False):  # tensors made here must be able to take part in autograd
-        scores = zero_scores(parameters)
-        scorer = Scorer(model, objective, parameters, scores, Accumulator(power, backend))
+        stored = zero_scores(parameters, device)
+        scores: dict[str, Tensor] = {}
+        scorer = Scorer(model, objective, parameters, stored, Accumulator(power, backend))
         run = Run(scorer, fisher_type, num_samples)
         try:  # what fails in one process only, such as a folder, is announced to the others
             if resume_path is not None and fisher_type == "sampled":
@@ -173,10 +181,10 @@ def estimate_fisher(
                 buffers_put_back(model),
             ):
                 run.score(batches, progress)
-            scores = {name: score.contiguous() for name, score in scores.items()}
+            scores = {name: score.contiguous() for name, score in stored.kept.items()}
         except BaseException as error:
             if process_group is not None:
-                announce_failure(error, scores, process_group)
+                announce_failure(error, stored.kept, process_group)
             raise
         counts = [run.num_samples, run.num_batches]
         if process_group is not None:

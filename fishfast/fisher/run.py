@@ -36,13 +36,13 @@ class Run:
         )  # fmt: skip
 
     def _so_far(self) -> Fisher:
-        return self.result(self.scorer.scores, self.num_samples, self.num_batches)
+        return self.result(self.scorer.scores.kept, self.num_samples, self.num_batches)
 
     def score(self, batches: Iterable[Any], progress: bool) -> None:
         """Score what is left of the batches."""
         if self.running is not None:
             power = self.scorer.add.power
-            before = self.running.resume(self.scorer.scores, self.fisher_type, power)
+            before = self.running.resume(self.scorer.scores.kept, self.fisher_type, power)
             if before is not None:
                 self.scorer.go_on(before)
                 self.num_samples, self.num_batches = before.num_samples, before.num_batches
@@ -78,7 +78,7 @@ class Run:
         finally:
             if self.running is not None and whole and self.num_batches:
                 self.running.save_now(self._so_far())
-        self.scorer.note_unreached()
+        self.scorer.finish()
         if self.limit is not None and self.num_samples < self.limit:
             warnings.warn(
                 f"num_samples={self.limit}, but batches gave only {self.num_samples} samples",

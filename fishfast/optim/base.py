@@ -63,7 +63,6 @@ class SparseOptimizer(Optimizer, ABC):
         writes_weights: its step writes what it computes into the weights itself.
     """
 
-    writes_weights = True
     _operation: str  # key of the backend table
     _state_names: tuple[str, ...]  # what kernels read by address, in the order of a row
     _row: np.dtype  # of the table of a step, from `row_dtype`

@@ -190,30 +190,9 @@ class AdamW(Adam):
     are fp32; the rounded result is written to the weight in the same launch. Equal, bit for bit, to
     ``torch.optim.AdamW(foreach=False)`` on the CPU where torch's square root is correctly rounded.
 
-    ``weight_decay`` DEFAULTS TO 0, where torch.optim.AdamW has 0.01, and acts on the masked
-    weights only: all others stay bit-identical.
-
-    Args:
-        params: ``tuned.parameters()``, or param groups of them.
-        lr: learning rate, a number or a tensor.
-        betas: decay rates of the two moments, in [0, 1).
-        eps: added to the denominator.
-        weight_decay: decoupled decay of the masked weights.
-        amsgrad: divide by the largest second moment so far (Reddi et al., ICLR 2018).
-        foreach: as in torch; ignored, for a step is one launch in any case.
-        maximize: ascend instead of descend.
-        capturable: count the steps and read a tensor ``lr``, ``found_inf`` and ``grad_scale`` on
-            the device: nothing waits for it, and a CUDA graph can hold the step; `step` says how.
-        differentiable: must be False.
-        fused: ignored as ``foreach`` is.
-        backend: ``"auto"``, ``"cuda"``, ``"cpu"`` (compiled) or ``"torch"``.
-        check_finite: refuse a step with NaN or infinity in a gradient, by name; waits for the
-            device. Under a `torch.amp.GradScaler` overflow is skipped before this is asked.
-
-    Raises:
-        ValueError: an option out of range, parameters that are neither compact nor plain fp32, or
-            ``capturable`` for parameters that are not on a GPU.
-        RuntimeError: a backend asked for by name that cannot run here.
+    ``weight_decay`` is decoupled, DEFAULTS TO 0, where torch.optim.AdamW has 0.01, and acts on the
+    masked weights only: all others stay bit-identical. Every other option, with its default and
+    its errors, is that of `Adam`.
 
     Note:
         Deterministic. The state per parameter is that of `Adam`, as in torch.optim.AdamW.

@@ -122,8 +122,9 @@ class Forwards:
         self.leave_to_autograd({
             name: f"used by {call}, which has no rule for it"
             for name, call in found.foreign.items()
-            if name not in self.fallback
+            if name not in self.fallback and name not in interception.small_calls.given_up
         })  # fmt: skip
+        self.leave_to_autograd(interception.small_calls.given_up)
         return losses, found
 
     def again(

@@ -39,6 +39,7 @@ from fishfast.fisher.engine.rules import (
 )
 from fishfast.fisher.engine.shapes import expands, result_shape
 from fishfast.fisher.engine.sites import NEVER, Sites, records
+from fishfast.fisher.engine.small_calls import SmallCalls
 
 __all__ = [
     "EAGER", "LATER", "LAZY", "NEVER", "Interception", "Observer", "SecondDerivativeError",
@@ -70,6 +71,7 @@ class Interception(TorchFunctionMode):
             has another.
         hooks: those that the forward has put on its tensors.
         most_rows: the largest dim 0 that an intercepted call of this forward had.
+        small_calls: how often each weight was caught, and which are caught no more.
         origins: knows which tensors come from the model alone; None where nobody asks.
     """
 
@@ -84,12 +86,14 @@ class Interception(TorchFunctionMode):
         self.hooks = TensorHooks()
         self.most_rows = 1
         self._one_row: dict[Any, bool] = {}
+        self.small_calls = SmallCalls()
         self.origins: Origins | None = None
 
     def begin(self) -> None:
         """Forget what an earlier forward has left."""
         self.most_rows = 1
         self._one_row.clear()
+        self.small_calls.clear()
         self.hooks.clear()
 
     def __torch_function__(
@@ -284,6 +288,8 @@ class Interception(TorchFunctionMode):
                 self.tracker.operand(t) if t is not None and t.requires_grad else None
                 for t in rule.operands
             ]
+        for name in self.small_calls.note(rule, operands):
+            self.levels[name] = NEVER
         x = rule.x
         autocast = _any_autocast()
         if x is not None:

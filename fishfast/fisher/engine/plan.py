@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fishfast.fisher.engine.operands import Operand, disjoint_groups
+from fishfast.fisher.engine.staged_scores import StagedScores
 
 __all__ = ["Group", "Plan", "Plans"]
 
@@ -27,11 +28,11 @@ class Plan:
         groups: for each call, for each of its operands, the uses, itself among them, that are
             summed before f.
         scores: for each call the scores of its operands, where f follows at once and every operand
-            is a part of its parameter; else None.
+            is a part of its parameter; else None. Of scores that live elsewhere, their regions.
     """
 
     groups: list[list[Group | None]]
-    scores: list[tuple[Tensor | None, ...] | None]
+    scores: list[tuple[Any, ...] | None]
 
 
 class Plans:
@@ -64,15 +65,17 @@ class Plans:
 
     def _direct(
         self, operands: Sequence[Operand | None], groups: Sequence[Group | None]
-    ) -> tuple[Tensor | None, ...] | None:
-        found: list[Tensor | None] = []
+    ) -> tuple[Any, ...] | None:
+        found: list[Any] = []
         for operand, group in zip(operands, groups, strict=True):
             if operand is None:
                 found.append(None)
             elif operand.region is None or group is None or len(group) > 1:
                 return None
             else:
-                found.append(operand.region.of(self._scores[operand.region.name]))
+                staged = isinstance(self._scores, StagedScores)
+                region = operand.region
+                found.append(region if staged else region.of(self._scores[region.name]))
         return tuple(found)
 
 

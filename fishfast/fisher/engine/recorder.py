@@ -13,6 +13,7 @@ from fishfast.fisher.engine.audit import Audit
 from fishfast.fisher.engine.operands import Operand, Tracker
 from fishfast.fisher.engine.plan import Group
 from fishfast.fisher.engine.rules import EmbeddingRule
+from fishfast.fisher.engine.staged_scores import StagedScores
 from fishfast.fisher.engine.together import add_tied_head, add_together
 from fishfast.fisher.engine.uses import LinearUse, Use
 
@@ -42,6 +43,7 @@ class Recorder:
         self.only: set[int] | None = None
         self._places = {node: place for place, node in enumerate(found.calls)}
         self._direct = found.plan.scores
+        self._staged = scores if isinstance(scores, StagedScores) else None
         self._waiting: dict[int, list[tuple[Operand, Use]]] = {}
         self._skipped: set[int] = set()
 
@@ -57,6 +59,9 @@ class Recorder:
                 "function, where its gradients cannot be told apart; use torch.utils.checkpoint"
             )
         scores = self._direct[place]
+        if self._staged is not None:
+            self._staged.trim()
+            scores = scores and tuple([part and part.of(self.scores[part.name]) for part in scores])
         if scores is not None and node.rows is not None and self.only is None:  # nearly always
             node.rule.add_to(scores, x, grad, node.rows, self.add)
             return

@@ -14,8 +14,7 @@ from fishfast.fisher.checks import is_empty, refuse_mean
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.alone import SampleRecorder
 from fishfast.fisher.engine.audit import Audit
-from fishfast.fisher.engine.backwards import Backwards, Repeated
-from fishfast.fisher.engine.costs import in_many_small_calls
+from fishfast.fisher.engine.backwards import HIDDEN, Backwards, Repeated
 from fishfast.fisher.engine.coupling import COUPLED, SamplesReached, names_of, refuse_coupled
 from fishfast.fisher.engine.eager import checkpoints_run_again, not_compiled
 from fishfast.fisher.engine.forwards import Forwards
@@ -32,7 +31,8 @@ from fishfast.fisher.engine.plan import Group, Plans
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
 from fishfast.fisher.engine.rules import BroadcastRule, ScaleRule
-from fishfast.fisher.engine.score_memory import all_finite, buffers_of
+from fishfast.fisher.engine.score_memory import Scores
+from fishfast.fisher.engine.staged_scores import StagedScores
 from fishfast.fisher.engine.witness import Witness
 from fishfast.fisher.foreign import local
 from fishfast.fisher.objective import Losses, Objective
@@ -69,7 +69,7 @@ class Scorer:
         model: what is scored.
         objective: what is differentiated.
         parameters: the parameters to score, by name.
-        scores: fp32 accumulators by the same names and of the same strides, added to in place.
+        scores: fp32 accumulators by the same names, added to in place.
         add: f, and what runs the sums.
 
     Attributes:
@@ -83,7 +83,7 @@ class Scorer:
         model: nn.Module,
         objective: Objective,
         parameters: Mapping[str, nn.Parameter],
-        scores: Mapping[str, Tensor],
+        scores: Scores | StagedScores,
         add: Accumulator,
     ) -> None:
         self.model, self.objective = model, objective
@@ -93,8 +93,8 @@ class Scorer:
         self.forwards = Forwards(model, objective, self.interception, Plans(scores), self.costs)
         self.backwards = Backwards(self.interception, self.costs)
         self.rows = RowFinder()
-        self._memory = buffers_of(scores.values())
         self._noted: Any = None  # what the roads follow from
+        self._grads = {name: (p.grad, _version(p.grad)) for name, p in parameters.items()}
         self._one_loss_each = False  # known from a batch with several
         self._all_mixed = False  # in every call that a gradient reached
         self.fallback = self.forwards.fallback
@@ -143,11 +143,11 @@ class Scorer:
                     row = following
                 if repeated is not None:
                     repeated.check()
-                if not all_finite(self._memory):
+                if not self.scores.settle():
                     raise NotFinite(batch)
-        # Where every batch takes some, it shows here.
         if probes := self.costs.passes["probe"] - probes:
-            self.forwards.leave_to_autograd(in_many_small_calls(found, probes))
+            small_calls = self.interception.small_calls
+            self.forwards.leave_to_autograd(small_calls.after_search(size, probes))
         self._note_roads(found)
         return counted, size
 
@@ -178,11 +178,6 @@ class Scorer:
         self, losses: Losses, found: Audit, batch: Any
     ) -> tuple[Losses, Audit, Repeated | None]:
         """Give calls their rows; run the forward again while some are caught better later on."""
-        # What is batched already stays, however few samples a last batch has.
-        calls = in_many_small_calls(found).items()
-        if small := {name: why for name, why in calls if self.roads[name] == UNUSED}:
-            self.forwards.leave_to_autograd(small)
-            losses, found = self.forwards.again(batch, losses, "a weight is used in small calls")
         while True:
             try:
                 with self._no_autocast():
@@ -341,7 +336,9 @@ class Scorer:
                     if grad is not None:
                         recorder.add(name, local(grad, like=self.parameters[name]))
                 for name, grad in recorder.total.items():
-                    self.scores[name] += self.add.f(grad)
+                    score = self.scores[name]
+                    score += self.add.f(grad)
+                    self.scores.trim()
 
     def _note_roads(self, found: Audit) -> None:
         in_order = [node.rows is None or node.rows.layout is not None for node in found.calls]
@@ -369,8 +366,16 @@ class Scorer:
         for name, reason in self.fallback.items():
             self.roads[name] = f"{ALONE}: {reason}"
 
-    def note_unreached(self) -> None:
-        """Say which parameters no loss has reached, where the losses reach others instead."""
+    def finish(self) -> None:
+        """Refuse gradients that went past the scores; say which parameters no loss has reached.
+
+        Raises:
+            ValueError: a parameter's own ``grad`` has changed.
+        """
+        for name, (grad, version) in self._grads.items():
+            if self.parameters[name].grad is not grad or _version(grad) != version:
+                self.parameters[name].grad = grad
+                raise ValueError(HIDDEN.format(f"that of {name!r}"))
         unused = [name for name, road in self.roads.items() if road == UNUSED]
         own = {tuple(self.parameters[name].shape) for name in unused}
         others = [shape for of_a_model, shape in self.forwards.others if of_a_model or shape in own]
@@ -384,6 +389,10 @@ class Scorer:
             "parameters' place, score the model that loss_fn calls",
             stacklevel=5,
         )
+
+
+def _version(grad: Tensor | None) -> int | None:
+    return None if grad is None else grad._version
 
 
 def _names_of(group: Group, found: Audit) -> set[str]:

@@ -274,8 +274,10 @@ def tapped_property(name: str) -> property:
     values_name = name + VALUES_SUFFIX
 
     def read(module: Any) -> Any:
-        # What `seen_weight` finds in nearly every call, without its other questions.
-        if not is_dynamo_compiling():
+        if is_dynamo_compiling():
+            return seen_weight(module, name)
+        try:
+            # What `seen_weight` finds in nearly every call, without its other questions.
             target, parameters = module._masked[name], module._parameters
             weight, values = parameters.get(name), parameters.get(values_name)
             if weight is not None and values is target.values and weight.shape == target.shape:
@@ -291,6 +293,9 @@ def tapped_property(name: str) -> property:
                 kept = target.tap
                 if kept is not None and kept.small and kept.is_of(weight, values):
                     return kept.tapped
-        return seen_weight(module, name)
+            return seen_weight(module, name)
+        except AttributeError as error:
+            # Python would go on to nn.Module.__getattr__, which finds the weight without its tap.
+            raise RuntimeError(f"the masked weight {name!r} cannot be read: {error}") from error
 
     return property(read)

@@ -40,8 +40,8 @@ class ConvTransposeRule(ConvRule):
 
     def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return the convolution of G."""
-        window = self._window()
         assert weight is not None
+        window = self._window()
         return torch.ops.aten.convolution_backward(
             grad, x.to(grad.dtype), weight.to(grad.dtype), None, window.stride, window.padding,
             window.dilation, True, self._output_padding(), window.groups, [True, False, False],

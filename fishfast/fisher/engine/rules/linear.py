@@ -57,6 +57,7 @@ class LinearRule(Rule):
     ) -> None:
         """Add both in one launch where the rows have an order."""
         weight, bias = scores
+        x = x if x.layout is torch.strided else x.to_dense()
         alike = grad.dtype is x.dtype and grad.dtype is not torch.float64
         alike = alike and x.layout is torch.strided
         if weight is None or rows.layout is None or not alike:
