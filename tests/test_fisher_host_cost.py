@@ -18,7 +18,7 @@ import fishfast as ff
 _BENCH = Path(__file__).parents[1] / "bench"
 _SLACK = 1.3
 BERT, LLAMA = "BERT of 24 layers", "Llama of 16 layers"
-# Of a plain forward + backward in train mode: a further batch, and the first one. The aim is 1.5 and
+# Of a plain forward + backward in train mode: a further batch, and the first. The aim is 1.5 and
 # 3.0; a Llama's many small operations each pass through the function mode, for 2 us.
 _TARGETS = {BERT: (1.5, 3.1), LLAMA: (2.0, 4.2)}
 # Launches of a further batch, torch's and ours: compiled kernels, and Triton's in front of a GPU.
