@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import fishfast as ff
 
-__all__ = ["MODELS", "WAYS", "Pass", "least_seconds", "one_thread", "passes"]
+__all__ = [
+    "MODELS", "WAYS", "Pass", "least_seconds", "one_thread", "passes", "scored_seconds",
+]  # fmt: skip
 
 _TINY = {"vocab_size": 200, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 _BATCH, _LENGTH = 2, 8
@@ -138,4 +140,37 @@ def least_seconds(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str,
                 seconds = time.process_time() - start
                 if turn:
                     least[name] = min(least[name], seconds)
+    return least
+
+
+def scored_seconds(plain: Pass, rounds: int) -> dict[str, float]:
+    """Return the least CPU time of a plain pass, a first scored batch and a further one.
+
+    Args:
+        plain: its model is scored, on its batch.
+        rounds: how many runs of a few batches, each in turns with plain passes.
+
+    Returns:
+        "plain", "first" and "further", in seconds.
+    """
+    least = dict.fromkeys(("plain", "first", "further"), float("inf"))
+
+    def note(what: str, start: float) -> None:
+        least[what] = min(least[what], time.process_time() - start)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        # What runs between two of these is the scoring of one. In the fifth it looks at rows again.
+        for what in ("first", "further", "further", "further"):
+            start = time.process_time()
+            yield plain.batch
+            note(what, start)
+
+    with one_thread():
+        plain.backward()
+        for _ in range(rounds):
+            for _ in range(3):
+                start = time.process_time()
+                plain.backward()
+                note("plain", start)
+            ff.estimate_fisher(plain.model, batches())
     return least

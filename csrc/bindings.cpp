@@ -112,6 +112,51 @@ void linear_cpu(uintptr_t score, const std::array<uintptr_t, 3>& grad,
   fisher_linear_cpu(call, num_threads);
 }
 
+// Addresses: weight's scores, bias's scores (0: none), grad, x; sizes: outputs, inputs, samples,
+// positions, stride of the scores; strides: sample, position and column of grad, then of x.
+void linear_blocks_cpu(const std::array<uintptr_t, 4>& addresses,
+                       const std::array<int64_t, 5>& sizes, const std::array<int64_t, 6>& strides,
+                       bool bias_of_x, int power, int num_threads) {
+  for (int i : {0, 2, 3}) require_address(addresses[size_t(i)], "an argument");
+  const FisherLinearBlocks call = {
+      pointer<float>(addresses[0]),
+      pointer<float>(addresses[1]),
+      {pointer<const float>(addresses[2]), strides[0], strides[1], strides[2]},
+      {pointer<const float>(addresses[3]), strides[3], strides[4], strides[5]},
+      bias_of_x,
+      sizes[0],
+      sizes[1],
+      sizes[2],
+      sizes[3],
+      sizes[4],
+      power};
+  py::gil_scoped_release release;
+  fisher_linear_blocks_cpu(call, num_threads);
+}
+
+// Addresses: scores and bias's scores (0: none), grad, x, mean, rstd (0: none); sizes: samples,
+// positions, features; strides: sample and position of each of the last four.
+void sum_cpu(const std::array<uintptr_t, 6>& addresses, const std::array<int64_t, 3>& sizes,
+             const std::array<int64_t, 8>& strides, int power, int num_threads) {
+  require_address(addresses[2], "grad");
+  const auto block = [&](size_t i, int64_t column) {
+    return FisherBlock{pointer<const float>(addresses[i]), strides[2 * i - 4], strides[2 * i - 3],
+                       column};
+  };
+  const FisherSum call = {pointer<float>(addresses[0]),
+                          pointer<float>(addresses[1]),
+                          block(2, 1),
+                          block(3, 1),
+                          block(4, 0),
+                          block(5, 0),
+                          sizes[0],
+                          sizes[1],
+                          sizes[2],
+                          power};
+  py::gil_scoped_release release;
+  fisher_sum_cpu(call, num_threads);
+}
+
 void masked_cpu(uintptr_t out, uintptr_t left, uintptr_t right, uintptr_t indices,
                 const std::array<int64_t, 4>& sizes, const std::array<int64_t, 2>& strides,
                 int storage, bool wide_indices, int num_threads) {
@@ -295,6 +340,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SPARSE_ADAM_ROW_BYTES") = sizeof(SparseAdamRow);
   m.attr("SPARSE_ADAM_PLAN_BYTES") = sizeof(AdamPlan);
   m.attr("ENTRIES_PER_STEP_CHUNK") = kEntriesPerStepChunk;
+  m.def("fisher_linear_blocks_cpu", &linear_blocks_cpu, py::arg("addresses"), py::arg("sizes"),
+        py::arg("strides"), py::arg("bias_of_x"), py::arg("power"), py::arg("num_threads"));
+  m.def("fisher_sum_cpu", &sum_cpu, py::arg("addresses"), py::arg("sizes"), py::arg("strides"),
+        py::arg("power"), py::arg("num_threads"));
   m.def("fisher_linear_cpu", &linear_cpu, py::arg("score"), py::arg("grad"), py::arg("x"),
         py::arg("starts"), py::arg("ends"), py::arg("sizes"), py::arg("power"),
         py::arg("num_threads"));

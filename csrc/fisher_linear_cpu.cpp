@@ -8,6 +8,7 @@
 // height and width, in which the rows follow one another. They are read through offsets of their
 // rows and columns, so that a convolution's windows are rows that were never written out.
 // Every tile is one thread's, samples and rows in order: the same bits for any number of threads.
+#include <cmath>
 #include <memory>
 
 #include "cpu_clones.h"
@@ -94,7 +95,77 @@ FF_CPU_CLONES void score_tile(const float* grad, const float* x, const FisherLin
   }
 }
 
+// Offsets of the rows and columns of samples that follow one another in equal blocks.
+struct Offsets {
+  std::vector<int64_t> rows, columns;
+
+  Offsets(const FisherBlock& block, int64_t num_samples, int64_t num_positions, int64_t num_columns)
+      : rows(size_t(num_samples * num_positions)), columns(size_t(num_columns)) {
+    for (int64_t b = 0, row = 0; b < num_samples; ++b) {
+      for (int64_t t = 0; t < num_positions; ++t) {
+        rows[size_t(row++)] = b * block.sample_stride + t * block.position_stride;
+      }
+    }
+    for (int64_t c = 0; c < num_columns; ++c) columns[size_t(c)] = c * block.column_stride;
+  }
+
+  FisherOperand operand(const float* data) const { return {data, rows.data(), columns.data()}; }
+};
+
+bool is_zero_row(const FisherOperand& from, int64_t row, int64_t num_columns) {
+  for (int64_t c = 0; c < num_columns; ++c) {
+    if (from.data[from.rows[row] + from.columns[c]] != 0.0f) return false;  // so is NaN
+  }
+  return true;
+}
+
+// bias_score[c] += sum_b f( sum_{t in sample b} from[t, c] )
+void add_bias(float* bias_score, const FisherOperand& from, int64_t num_columns,
+              const FisherLinear& call) {
+  std::vector<double> sums(static_cast<size_t>(num_columns));
+  for (int64_t b = 0; b < call.num_samples; ++b) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t t = call.starts[b]; t < call.ends[b]; ++t) {
+      const float* row = from.data + from.rows[t];
+      for (int64_t c = 0; c < num_columns; ++c) sums[size_t(c)] += row[from.columns[c]];
+    }
+    for (int64_t c = 0; c < num_columns; ++c) {
+      const float sum = float(sums[size_t(c)]);
+      bias_score[c] += call.power == 2 ? sum * sum : std::fabs(sum);
+    }
+  }
+}
+
 }  // namespace
+
+void fisher_linear_blocks_cpu(const FisherLinearBlocks& blocks, int num_threads) {
+  const int64_t samples = blocks.num_samples, positions = blocks.num_positions;
+  const Offsets grad(blocks.grad, samples, positions, blocks.num_outputs);
+  const Offsets x(blocks.x, samples, positions, blocks.num_inputs);
+  FisherLinear call = {blocks.score,
+                       grad.operand(blocks.grad.data),
+                       x.operand(blocks.x.data),
+                       nullptr,
+                       nullptr,
+                       blocks.num_outputs,
+                       blocks.num_inputs,
+                       samples,
+                       blocks.score_stride,
+                       blocks.power};
+  const FisherOperand& output = blocks.bias_of_x ? call.x : call.grad;  // the layer's gradient
+  const int64_t width = blocks.bias_of_x ? blocks.num_inputs : blocks.num_outputs;
+  std::vector<int64_t> starts(static_cast<size_t>(samples)), ends(static_cast<size_t>(samples));
+  for (int64_t b = 0; b < samples; ++b) {
+    starts[size_t(b)] = b * positions;
+    int64_t end = (b + 1) * positions;
+    while (end > b * positions && is_zero_row(output, end - 1, width)) --end;  // padding
+    ends[size_t(b)] = end;
+  }
+  call.starts = starts.data();
+  call.ends = ends.data();
+  if (blocks.bias_score) add_bias(blocks.bias_score, output, width, call);
+  fisher_linear_cpu(call, num_threads);
+}
 
 void fisher_linear_cpu(const FisherLinear& call, int num_threads) {
   const std::vector<Block> blocks = blocks_of(call);

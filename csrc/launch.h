@@ -162,6 +162,37 @@ struct FisherLinear {
 
 void fisher_linear_cpu(const FisherLinear& call, int num_threads);
 
+struct FisherBlock {  // element (sample, position, column) of one operand, by strides
+  const float* data;
+  int64_t sample_stride, position_stride, column_stride;
+};
+
+// Samples of one length, whose rows of zeros at the end are left out; the bias too, if there is
+// one.
+struct FisherLinearBlocks {
+  float* score;       // as above
+  float* bias_score;  // [columns of the bias's operand], added to; null: none
+  FisherBlock grad, x;
+  bool bias_of_x;  // whether the bias goes with x, where the weight is stored transposed
+  int64_t num_outputs, num_inputs, num_samples, num_positions, score_stride;
+  int power;
+};
+
+void fisher_linear_blocks_cpu(const FisherLinearBlocks& call, int num_threads);
+
+// ---- fisher_sum -------------------------------------------------------------------------------
+
+struct FisherSum {
+  float* score;            // [num_features], of grad (x - mean) rstd; null: none
+  float* bias_score;       // [num_features], of grad; null: none
+  FisherBlock grad, x;     // column_stride 1; x with data null: 1
+  FisherBlock mean, rstd;  // column_stride 0; data null: 0 and 1
+  int64_t num_samples, num_positions, num_features;
+  int power;
+};
+
+void fisher_sum_cpu(const FisherSum& call, int num_threads);
+
 // ---- masked_grad ------------------------------------------------------------------------------
 
 struct MaskedGrad {

@@ -21,10 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .fisher_linear_rows import add_linear_rows
-from .launch import fp32_precision
-from .linear_tile import Config, add_tile, launch_tiles, own_tile, side_of_tiles
+from .fisher_sum import sums_of_groups
+from .launch import block_bounds, fp32_precision
+from .linear_tile import Config, launch_tiles, own_tile, put_tile, side_of_tiles
+from .splits import add_splits
 
-__all__ = ["CONFIGS", "add_linear", "samples_kernel"]
+__all__ = ["CONFIGS", "add_blocks", "add_linear", "samples_kernel"]
 
 # By the kind of product and the side of the tile, steps in falling length. 128x128 with 8 warps: a
 # product and a running sum of f take half the registers; 4 warps or a wider tile would spill. 3
@@ -38,6 +40,10 @@ CONFIGS = {
     ("ieee", 128): [Config(128, 128, 16, 8, 3, 1)],
     ("ieee", 64): [Config(64, 64, 16, 4, 3, 4)],
 }
+
+# Multiply-adds of a product (some 30 us of an H200's tensor cores) from which it pays to look for
+# padding, rows of zeros at a sample's end, which are then left out: that takes six launches.
+_LONG = 2**33
 
 
 # What changes from batch to batch compiles nothing anew.
@@ -56,6 +62,7 @@ def samples_kernel(
     stride_o,
     power,
     PRECISION: tl.constexpr,
+    DIRECT: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -98,11 +105,52 @@ def samples_kernel(
         if done:
             total += product * product if power == 2 else tl.abs(product)
             product = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    add_tile(out_ptr, total, o, i, num_out, num_in, stride_split, stride_o)
+    put_tile(out_ptr, total, o, i, num_out, num_in, stride_split, stride_o, DIRECT)
+
+
+def add_blocks(
+    score: Tensor, bias: Tensor | None, grad: Tensor, x: Tensor, bias_of_x: bool, power: int
+) -> None:
+    """Add a linear layer's weight and bias, samples of one length, in three launches.
+
+    Args:
+        score: [O, I] fp32, any strides.
+        bias: [O] fp32, to which f of the sums of ``grad`` is added; None: no bias.
+        grad: [B, T, O] fp32, bf16 or fp16, any strides.
+        x: [B, T, I], of the same dtype.
+        bias_of_x: whether ``x`` is the gradient, and the bias [I]: a weight stored transposed.
+        power: 2 or 1.
+    """
+    output = x if bias_of_x else grad
+    if output.numel() == 0:
+        return
+    num_samples, length, _ = output.shape
+    bias_out = None
+    if bias is not None:
+        _, bias_out = sums_of_groups(output, None, None, None, power, bias=True)
+    starts: Tensor | None = None
+    ends: Tensor | None = None
+    if length > 1:
+        starts, ends = block_bounds(num_samples, length, output.device)
+        if grad.numel() * x.shape[2] >= _LONG:
+            position = torch.arange(1, length + 1, device=output.device)
+            ends = starts + (position * (output != 0).any(-1)).amax(1)
+    if score.numel():
+        left, right = grad.flatten(0, 1), x.flatten(0, 1)
+        add_linear(score, left, right, starts, ends, power, bias, bias_out)
+    elif bias is not None and bias_out is not None:
+        add_splits(bias[None], bias_out[:, None])
 
 
 def add_linear(
-    score: Tensor, grad: Tensor, x: Tensor, starts: Tensor | None, ends: Tensor | None, power: int
+    score: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    power: int,
+    bias: Tensor | None = None,
+    bias_out: Tensor | None = None,
 ) -> None:
     """Add ``sum_b f(sum_{r in b} grad[r, o] x[r, i])`` to ``score[o, i]``, in place.
 
@@ -114,6 +162,8 @@ def add_linear(
             then factors, and the batch is one matrix product.
         ends: [B] int64, one past the last row of each sample; equal to its start if it is empty.
         power: 2 (f squares) or 1 (f takes the absolute value).
+        bias: [D] fp32, to which ``bias_out`` is added in the last launch; None: no bias.
+        bias_out: [groups, D] fp32.
     """
     num_samples = len(grad) if starts is None else len(starts)
     if score.numel() == 0 or len(grad) == 0 or num_samples == 0:
@@ -121,7 +171,7 @@ def add_linear(
     if score.stride(1) != 1 and score.stride(0) == 1:
         score, grad, x = score.T, x, grad  # the same sum, with the contiguous dim last
     if starts is None:
-        add_linear_rows(score, grad, x, power)
+        add_linear_rows(score, grad, x, power, bias, bias_out)
         return
 
     single = grad.dtype == torch.float32
@@ -131,6 +181,6 @@ def add_linear(
     fits = [c for c in configs if c.block_t < 1.5 * len(grad) / num_samples]
     config = (fits or configs[-1:])[0]
     launch_tiles(
-        samples_kernel, score, grad, x, config, num_samples,
+        samples_kernel, score, grad, x, config, num_samples, False, bias, bias_out,
         starts_ptr=starts, ends_ptr=ends, num_samples=num_samples, power=power, PRECISION=precision,
     )  # fmt: skip

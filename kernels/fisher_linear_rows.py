@@ -68,7 +68,10 @@ def rows_kernel(
     add_tile(out_ptr, total, o, i, num_out, num_in, stride_split, stride_o)
 
 
-def add_linear_rows(score: Tensor, grad: Tensor, x: Tensor, power: int) -> None:
+def add_linear_rows(
+    score: Tensor, grad: Tensor, x: Tensor, power: int, bias: Tensor | None = None,
+    bias_out: Tensor | None = None,
+) -> None:  # fmt: skip
     """Add ``sum_r f(grad[r, o] x[r, i])`` to ``score[o, i]``, in place.
 
     Args:
@@ -76,6 +79,8 @@ def add_linear_rows(score: Tensor, grad: Tensor, x: Tensor, power: int) -> None:
         grad: [N, O] fp32, bf16 or fp16.
         x: [N, I], of the same dtype.
         power: 2 (f squares) or 1 (f takes the absolute value).
+        bias: [D] fp32, to which ``bias_out`` is added in the last launch; None: no bias.
+        bias_out: [groups, D] fp32.
     """
     # Squares of bf16 and fp16 are multiplied as tf32: its rounding is finer than the one that the
     # operands have been through.
@@ -83,6 +88,6 @@ def add_linear_rows(score: Tensor, grad: Tensor, x: Tensor, power: int) -> None:
     config = CONFIGS[precision, side_of_tiles(score)]
     num_steps = triton.cdiv(len(grad), config.block_t)
     launch_tiles(
-        rows_kernel, score, grad, x, config, num_steps,
+        rows_kernel, score, grad, x, config, num_steps, True, bias, bias_out,
         num_rows=len(grad), POWER=power, PRECISION=precision,
     )  # fmt: skip

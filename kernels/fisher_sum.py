@@ -3,9 +3,9 @@
     score[d] += sum_b f( sum_t grad[b, t, d] xhat[b, t, d] ),    f = square or abs
     xhat = (x - mean) rstd, or 1 for a bias
 
-Reads grad and x once. Strides are free: a channels-first norm passes a transposed view, statistics
-are broadcast by strides of 0. Deterministic: programs that share a feature write to scratch, which
-is summed in order.
+A norm's scale and shift go in one launch. Reads grad and x once. Strides are free: a channels-first
+norm passes a transposed view, statistics are broadcast by strides of 0. Deterministic: programs
+that share a feature write to scratch, which is summed in order.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import divide_samples
+from .splits import add_splits
 
-__all__ = ["CONFIGS", "Config", "add_sum", "sum_kernel"]
+__all__ = ["CONFIGS", "Config", "add_sum", "sum_kernel", "sums_of_groups"]
 
 
 class Config(NamedTuple):
@@ -56,7 +57,8 @@ def _load(ptr, strides, b, t, d, mask):
 
 @triton.jit(do_not_specialize=["num_samples", "samples_per_split", "num_positions", "power"])
 def sum_kernel(
-    out_ptr,  # [splits, num_features] fp32
+    out_ptr,  # [splits, num_features] fp32, of grad xhat
+    bias_out_ptr,  # the same of grad alone
     grad_ptr,  # all [num_samples, num_positions, num_features], with strides
     x_ptr,
     mean_ptr,
@@ -73,59 +75,108 @@ def sum_kernel(
     HAS_X: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_RSTD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum f of each sample's sum over the samples of this split."""
+    """Sum f of each sample's sums over the samples of this split."""
     feature = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     d = feature[None, None, :]
     split = tl.program_id(1).to(tl.int64)
     first = split * samples_per_split
     last = tl.minimum(first + samples_per_split, num_samples)
     total = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    bias_total = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     for b0 in range(first, last, BLOCK_B):
         b = (b0 + tl.arange(0, BLOCK_B))[:, None, None]
         acc = tl.zeros((BLOCK_B, BLOCK_T, BLOCK_D), tl.float32)
+        bias_acc = tl.zeros((BLOCK_B, BLOCK_T, BLOCK_D), tl.float32)
         for t0 in range(0, num_positions, BLOCK_T):
             t = (t0 + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :, None]
             mask = (b < last) & (t < num_positions) & (d < num_features)
-            value = _load(grad_ptr, grad_strides, b, t, d, mask)
+            grad = _load(grad_ptr, grad_strides, b, t, d, mask)
             if HAS_X:
                 x = _load(x_ptr, x_strides, b, t, d, mask)
                 if HAS_MEAN:
                     x -= _load(mean_ptr, mean_strides, b, t, d, mask)
                 if HAS_RSTD:
                     x *= _load(rstd_ptr, rstd_strides, b, t, d, mask)
-                value *= x
-            acc += value
-        sums = tl.sum(acc, axis=1)  # samples past the last one are f(0)
-        total += sums * sums if power == 2 else tl.abs(sums)
-    tl.store(
-        out_ptr + split * num_features + feature, tl.sum(total, axis=0), mask=feature < num_features
-    )
+                acc += grad * x
+            if HAS_BIAS:
+                bias_acc += grad
+        # Samples past the last one are f(0).
+        if HAS_X:
+            sums = tl.sum(acc, axis=1)
+            total += sums * sums if power == 2 else tl.abs(sums)
+        if HAS_BIAS:
+            sums = tl.sum(bias_acc, axis=1)
+            bias_total += sums * sums if power == 2 else tl.abs(sums)
+    place = split * num_features + feature
+    if HAS_X:
+        tl.store(out_ptr + place, tl.sum(total, axis=0), mask=feature < num_features)
+    if HAS_BIAS:
+        tl.store(bias_out_ptr + place, tl.sum(bias_total, axis=0), mask=feature < num_features)
 
 
 def add_sum(
-    score: Tensor,
+    score: Tensor | None,
     grad: Tensor,
     x: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
     power: int,
+    bias: Tensor | None = None,
 ) -> None:
     """Add ``sum_b f(sum_t grad[b, t, d] xhat[b, t, d])`` to ``score[d]``, in place.
 
     Args:
-        score: [D] fp32.
+        score: [D] fp32; None: nothing is added.
         grad: [B, T, D], any strides.
         x: [B, T, D], any strides; None for a bias: xhat is 1, and mean and rstd are not looked at.
         mean: subtracted from x; None, or broadcastable to [B, T, D].
         rstd: x is multiplied by it after that; None, or broadcastable to [B, T, D].
         power: 2 (f squares) or 1 (f takes the absolute value).
+        bias: [D] fp32, to which the same without xhat is added; None: no bias.
     """
     if grad.numel() == 0:
         return
+    if x is None and score is not None and bias is not None:
+        add_sum(score, grad, None, None, None, power)
+        score = None
+    if x is None or score is None:  # one sum, of the gradient alone
+        vector = bias if score is None else score
+        if vector is not None:
+            _, out = sums_of_groups(grad, None, None, None, power, bias=True)
+            assert out is not None
+            add_splits(vector[None], out[:, None])
+        return
+    out, bias_out = sums_of_groups(grad, x, mean, rstd, power, bias=bias is not None)
+    assert out is not None
+    add_splits(score[None], out[:, None], bias, bias_out)
+
+
+def sums_of_groups(
+    grad: Tensor,
+    x: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    power: int,
+    bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what `add_sum` adds, for each group of samples.
+
+    Args:
+        grad: [B, T, D], not empty; and so on as `add_sum` has them.
+        x: of the score; None: no score.
+        mean: of the score.
+        rstd: of the score.
+        power: 2 or 1.
+        bias: whether the sums of ``grad`` alone are wanted.
+
+    Returns:
+        The sums for the score and for the bias, [groups, D] fp32; None where not wanted.
+    """
     num_samples, num_positions, num_features = grad.shape
     if num_positions < 8:
         config = CONFIGS["short"]
@@ -135,14 +186,17 @@ def add_sum(
         config = CONFIGS["features"]
     tiles = triton.cdiv(num_features, config.block_d)
     splits, units = divide_samples(
-        score.device, triton.cdiv(num_samples, config.block_b), tiles, _PROGRAMS_PER_SM
+        grad.device, triton.cdiv(num_samples, config.block_b), tiles, _PROGRAMS_PER_SM
     )
-    out = score.new_empty(splits, num_features)
+    shape = splits, num_features
+    out = None if x is None else grad.new_empty(shape, dtype=torch.float32)
+    bias_out = grad.new_empty(shape, dtype=torch.float32) if bias else None
     # The kernel has no branch for what is missing; grad stands in for it, unread.
     operands = [grad if tensor is None else tensor.expand_as(grad) for tensor in (x, mean, rstd)]
-    with torch.cuda.device_of(score):
+    with torch.cuda.device_of(grad):
         sum_kernel[tiles, splits](
-            out_ptr=out,
+            out_ptr=grad if out is None else out,
+            bias_out_ptr=grad if bias_out is None else bias_out,
             grad_ptr=grad,
             x_ptr=operands[0],
             mean_ptr=operands[1],
@@ -159,6 +213,7 @@ def add_sum(
             HAS_X=x is not None,
             HAS_MEAN=mean is not None,
             HAS_RSTD=rstd is not None,
+            HAS_BIAS=bias,
             BLOCK_B=config.block_b,
             BLOCK_T=config.block_t,
             BLOCK_D=config.block_d,
@@ -166,4 +221,4 @@ def add_sum(
             maxnreg=_MAX_REGISTERS,
             enable_fp_fusion=True,
         )
-    score += out.sum(0)
+    return out, bias_out

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-__all__ = ["MULTIPLE", "aligned_rows", "divide_samples", "fp32_precision", "misaligned", "num_sms"]
+__all__ = [
+    "MULTIPLE", "aligned_rows", "block_bounds", "divide_samples", "fp32_precision", "misaligned",
+    "num_sms",
+]  # fmt: skip
 
 # Triton asks of addresses (in bytes) and of sizes (in elements) whether 16 divides them. Where it
 # does, loads are vectors, copied asynchronously, and addresses do not crowd the registers.
@@ -68,3 +73,10 @@ def aligned_rows(rows: Tensor) -> Tensor:
     copy = rows.new_zeros(len(rows), width)
     copy[:, : rows.shape[1]] = rows
     return copy
+
+
+@functools.lru_cache(maxsize=64)
+def block_bounds(num_samples: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the first row of samples of one length and one past the last, not to be written to."""
+    bounds = torch.arange(num_samples + 1, device=device) * length
+    return bounds[:-1], bounds[1:]

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import aligned_rows, divide_samples, misaligned
+from .splits import add_splits
 
-__all__ = ["Config", "add_tile", "launch_tiles", "own_tile", "side_of_tiles"]
+__all__ = ["Config", "add_tile", "launch_tiles", "own_tile", "put_tile", "side_of_tiles"]
 
 
 class Config(NamedTuple):
@@ -42,11 +43,19 @@ def own_tile(num_out, num_in, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
 
 @triton.jit
 def add_tile(out_ptr, value, o, i, num_out, num_in, stride_split, stride_o):
-    """Add to the score, or to this split's part of the scratch."""
+    """Add to the score, or to this split's part of the scratch, which begins as zeros."""
+    put_tile(out_ptr, value, o, i, num_out, num_in, stride_split, stride_o, True)
+
+
+@triton.jit
+def put_tile(out_ptr, value, o, i, num_out, num_in, stride_split, stride_o, DIRECT: tl.constexpr):
+    """Add to the score, or write this split's part of the scratch."""
     split = tl.program_id(1).to(tl.int64)
     ptrs = out_ptr + split * stride_split + o[:, None] * stride_o + i[None, :]
     mask = (o < num_out)[:, None] & (i < num_in)[None, :]
-    tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + value, mask=mask)
+    if DIRECT:
+        value += tl.load(ptrs, mask=mask, other=0.0)
+    tl.store(ptrs, value, mask=mask)
 
 
 def side_of_tiles(score: Tensor) -> int:
@@ -61,17 +70,23 @@ def launch_tiles(
     x: Tensor,
     config: Config,
     num_units: int,
+    adds: bool,
+    bias: Tensor | None = None,
+    bias_out: Tensor | None = None,
     **arguments: Any,
 ) -> None:
     """Run a kernel on every tile of the score, for every group of samples.
 
     Args:
-        kernel: adds to tiles of ``out_ptr``, whose sizes and strides are multiples of 16.
+        kernel: puts tiles in ``out_ptr``, whose sizes and strides are multiples of 16.
         score: [O, I], any strides.
         grad: [N, O].
         x: [N, I].
         config: of the kernel.
         num_units: how many samples, or steps of rows, can be given to different programs.
+        adds: whether the kernel adds to its scratch, too; else it is told whether to add.
+        bias: [D], whose sums are added in the last launch, too; None: no bias.
+        bias_out: [any number of groups, D], its sums.
         arguments: what this kernel takes and the other does not.
     """
     (num_out, num_in), grad, x = score.shape, aligned_rows(grad), aligned_rows(x)
@@ -80,7 +95,10 @@ def launch_tiles(
     # Otherwise tiles go to scratch: as many as run at once, or one for each if the score's sizes or
     # strides are odd.
     direct = splits == 1 and score.shape == (grad.shape[1], x.shape[1]) and not misaligned(score)
-    out = score[None] if direct else score.new_zeros(splits, grad.shape[1], x.shape[1])
+    make = score.new_zeros if adds else score.new_empty
+    out = score[None] if direct else make((splits, grad.shape[1], x.shape[1]))
+    if not adds:
+        arguments["DIRECT"] = direct
     with torch.cuda.device_of(score):
         kernel[tiles, splits](
             out_ptr=out,
@@ -100,4 +118,6 @@ def launch_tiles(
             **arguments,
         )
     if not direct:
-        score += (out.sum(0) if splits > 1 else out[0])[:num_out, :num_in]
+        add_splits(score, out, bias, bias_out)
+    elif bias is not None and bias_out is not None:
+        add_splits(bias[None], bias_out[:, None])

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import fishfast as ff
+from fishfast.fisher.engine import staged_scores
 
 pytestmark = pytest.mark.gpu
 
@@ -111,3 +112,17 @@ def test_a_model_on_two_devices():
     for name, parameter in model.named_parameters():
         assert fisher[name].device == parameter.device
         torch.testing.assert_close(fisher[name].cpu(), expected[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "tied_language_model", "convnet_with_norms", "bert"])
+def test_scores_that_live_on_the_host_have_the_same_bits(kind, monkeypatch):
+    """Through buffers smaller than a weight, and with nothing left on the card between calls."""
+    monkeypatch.setattr(staged_scores, "_CHUNK", 37)
+    monkeypatch.setattr(staged_scores, "_HELD", 0)
+    case = _case(kind)
+    case.model.cuda()
+    case.batches = _on_card(case.batches)
+    expected, fisher = score(case), score(case, scores_device="cpu")
+    for name, values in expected.items():
+        assert fisher[name].device.type == "cpu"
+        assert torch.equal(fisher[name], values.cpu()), name

@@ -116,7 +116,7 @@ def test_samples_divided_among_programs(where, shape, num_sms) -> None:
 def test_score_needs_no_scratch(monkeypatch, score, is_direct, starts) -> None:
     """A second copy of a large weight's score is made only where vectors would not fit."""
     pytest.importorskip("triton")
-    from fishfast.kernels import fisher_linear, fisher_linear_rows, launch
+    from fishfast.kernels import fisher_linear, fisher_linear_rows, launch, splits
 
     launched = []
 
@@ -127,10 +127,12 @@ def test_score_needs_no_scratch(monkeypatch, score, is_direct, starts) -> None:
     monkeypatch.setattr(launch, "num_sms", lambda device: 1)
     monkeypatch.setattr(fisher_linear, "samples_kernel", Kernel())
     monkeypatch.setattr(fisher_linear_rows, "rows_kernel", Kernel())
+    monkeypatch.setattr(splits, "splits_kernel", Kernel())
     bounds = (torch.tensor([0, 5]), torch.tensor([5, 9]))
     grad, x = (torch.zeros(9, size) for size in score.shape)
     fisher_linear.add_linear(score, grad, x, *(bounds if starts == "samples" else (None,) * 2), 2)
-    (arguments,) = launched
+    assert len(launched) == (1 if is_direct else 2)
+    arguments = launched[0]
     assert (arguments["out_ptr"].data_ptr() == score.data_ptr()) == is_direct
     for name in ("num_out", "num_in", "stride_split", "stride_o"):
         assert arguments[name] % 16 == 0

@@ -152,7 +152,11 @@ class Entries(UserDict):
 @pytest.mark.parametrize("kind", [dict, Entries])
 @pytest.mark.parametrize("wrap", [lambda batch: batch, lambda batch: ([batch], 1)])
 def test_a_loss_may_take_entries_out_of_its_batch(wrap, kind):
-    model = nn.Sequential(nn.Linear(6, 5), nn.PReLU())  # a second forward, for the fallback
+    # A second forward, which catches the table where it meets the data.
+    model = models.Calls(
+        lambda self, x: self.linear(x + self.table(torch.arange(6)).T),
+        linear=nn.Linear(6, 5), table=nn.Embedding(6, 1),
+    )  # fmt: skip
 
     def losses(model, batch):
         batch = batch[0][0] if isinstance(batch, tuple) else batch

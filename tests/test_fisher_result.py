@@ -121,6 +121,7 @@ def test_report_of_a_result_says_what_each_road_cost():
         "scale        ()       1.25                     used by exp",
         "batched: 2 tensors, 2 forward, 6 backward, 1 probe passes, 5.0 s of 10.0 s (50%)",
         "fallback: 1 tensors, 12 extra backward passes, 5.0 s of 10.0 s (50%)",
+        "scores: 28 bytes of fp32 on cpu",
     ]
 
 
@@ -129,8 +130,20 @@ def test_report_without_times_or_fallback_or_scores():
     assert report.splitlines()[2:] == [
         "1e3          (0,)     0                        batched",
         "batched: 1 tensors, 0 forward, 0 backward, 0 probe passes",
+        "scores: 0 bytes of fp32 on cpu",
     ]
-    assert ff.Fisher({}, 1).report()
+    assert ff.Fisher({}, 1).report().endswith("scores: none")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(250, "1.0 KB"), (2_650_000, "10.6 MB"), (10**9, "4.0 GB")]
+)
+def test_report_says_how_large_the_scores_are(size, text):
+    scores = {"a": torch.zeros(()).expand(size), "b": torch.zeros(7, device="meta")}
+    last = ff.Fisher({"a": scores["a"]}, 1)._memory()
+    assert last == f"scores: {text} of fp32 on cpu"
+    both = ff.Fisher(scores, 1)._memory()
+    assert both == f"{last}, 28 bytes of fp32 on meta"
 
 
 def test_repr_of_a_result():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 
@@ -97,6 +98,98 @@ def test_eval_mode_off_keeps_the_modes():
     assert modes == [True]
     expected = ff.estimate_fisher(model, [BATCH], loss_fn=classify)
     assert all(torch.equal(fisher[name], expected[name]) for name in fisher)
+
+
+class Cached(nn.Module):
+    """LeViT, TinyViT: what eval mode computes once, train() drops."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.cache = nn.Parameter(torch.randn(6)), {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return x + 2 * self.table
+        return x + self.cache.setdefault("table", 2 * self.table)
+
+
+class Merged(nn.Linear):
+    """loralib: eval() adds the update to the weight, train() takes it out again."""
+
+    merged = False
+
+    def __init__(self):
+        super().__init__(6, 6)
+        self.register_buffer("update", torch.ones(6, 6))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.update if mode else self.update
+            self.merged = not mode
+        return self
+
+
+class Frozen(nn.BatchNorm1d):
+    """Keeps its statistics fixed in train mode too."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class Whole(nn.Sequential):
+    """Says in which mode it is by a name of its own."""
+
+    mode = "train"
+
+    def train(self, mode=True):
+        self.mode = "train" if mode else "eval"
+        return super().train(mode)
+
+
+def own_state(model):
+    return {
+        "modes": [module.training for module in model.modules()],
+        "caches": [dict(module.cache) for module in model.modules() if isinstance(module, Cached)],
+        "merged": [module.merged for module in model.modules() if isinstance(module, Merged)],
+        "mode": [module.mode for module in model.modules() if isinstance(module, Whole)],
+    }
+
+
+@pytest.mark.parametrize("modes", ["train", "eval", "mixed", "inner-eval"])
+@pytest.mark.parametrize("fails", [False, True], ids=["scored", "refused"])
+def test_modes_are_given_back_through_the_models_own_train(modes, fails):
+    model = Whole(
+        nn.Linear(6, 6), Cached(), nn.Sequential(Merged(), Frozen(6)), Cached(), nn.Linear(6, 4)
+    )
+    model.train(modes != "eval")
+    if modes == "mixed":
+        model[3].eval()
+    elif modes == "inner-eval":
+        model[2].eval()
+    before, weight = own_state(model), model[2][0].weight.clone()
+
+    def loss_fn(model, batch):
+        assert not any(module.training for module in model.modules())
+        assert model.mode == "eval"
+        return classify(model, batch).mean() if fails else classify(model, batch)
+
+    with pytest.raises(ValueError, match="got a scalar") if fails else contextlib.nullcontext():
+        ff.estimate_fisher(model, [BATCH], loss_fn=loss_fn)
+    after = own_state(model)
+    if modes in ("eval", "mixed"):  # an eval mode's cache stays, as it would after a forward
+        before["caches"][-1:], after["caches"][-1:] = [], []
+    if modes == "eval":
+        before["caches"], after["caches"] = [], []
+    assert before == after
+    torch.testing.assert_close(model[2][0].weight, weight)
+    model(torch.randn(3, 6))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__)

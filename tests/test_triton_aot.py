@@ -23,6 +23,7 @@ from fishfast.kernels import (  # noqa: E402
     fisher_sum,
     launch,
     linear_tile,
+    splits,
 )
 
 # Bytes of shared memory that one program may have.
@@ -106,6 +107,7 @@ def precisions(dtype):
 def test_linear(architectures: str) -> None:
     launches = []
     kernels = [(fisher_linear, "samples_kernel"), (fisher_linear_rows, "rows_kernel")]
+    kernels += [(splits, "splits_kernel")]  # see test_splits
     for dtype, side, rows in itertools.product(DTYPES, (64, 128, 50), (100, 24)):
         score, grad = torch.zeros(side, side), torch.zeros(2 * rows, side, dtype=dtype)
         samples = torch.tensor([0, rows]), torch.tensor([rows, 2 * rows])
@@ -114,6 +116,7 @@ def test_linear(architectures: str) -> None:
                 launches += record(
                     kernels, fisher_linear.add_linear, score, grad, grad, *bounds, power
                 )
+    launches = [launch for launch in launches if launch.kernel != "splits_kernel"]
     tables = itertools.chain(*fisher_linear.CONFIGS.values(), fisher_linear_rows.CONFIGS.values())
     assert configs_of(launches, linear_tile.Config) == table_of(tables)
     pipelined = 0
@@ -141,16 +144,30 @@ def test_sum(architectures: str) -> None:
     for dtype in DTYPES:
         for x in sum_operands(dtype):
             score, mean = torch.zeros(x.shape[2]), torch.zeros(2, x.shape[1], 1)
-            kinds = [(x, mean, mean)]
+            kinds = [(x, mean, mean, 2)]
             if tuple(x.shape) in {(2, 3, 67), (2, 32, 67), (2, 64, 67)}:
-                kinds += [(None,) * 3, (x, None, None), (x, None, mean)]
+                kinds += [(None, None, None, 2), (x, None, None, 2), (x, None, mean, 2)]
+            if tuple(x.shape) in {(2, 3, 67), (2, 32, 67), (2, 64, 67), (2, 32, 128)}:
+                kinds += [(x, mean, mean, 2, score.clone()), (x, None, mean, 2, score.clone())]
             for operands in kinds:
-                launches += record(
-                    [(fisher_sum, "sum_kernel")], fisher_sum.add_sum, score, x, *operands, 2
-                )
+                kernels = [(fisher_sum, "sum_kernel"), (splits, "splits_kernel")]
+                recorded = record(kernels, fisher_sum.add_sum, score, x, *operands)
+                launches += [launch for launch in recorded if launch.kernel == "sum_kernel"]
     reached = configs_of(launches, fisher_sum.Config)
     assert reached == table_of(fisher_sum.CONFIGS.values())
-    check(launches, 78, architectures)
+    check(launches, 120, architectures)
+
+
+def test_splits(architectures: str) -> None:
+    """Weights, biases and both, aligned and not."""
+    launches = []
+    for size, has_bias in itertools.product((128, 67), (False, True)):
+        for score in (torch.zeros(size, 3), torch.zeros(3, size).T):
+            bias = (torch.zeros(size), torch.zeros(4, size)) if has_bias else ()
+            out = torch.zeros(2, size, 3)
+            launches += record([(splits, "splits_kernel")], splits.add_splits, score, out, *bias)
+    check(launches, len(set(launches)), architectures)
+    assert len(set(launches)) >= 4
 
 
 def test_embedding(architectures: str) -> None:

@@ -15,7 +15,9 @@ from fishfast._wrappers import unwrapped
 from fishfast.files.atomic import PathLike
 from fishfast.fisher.distributed import all_reduce_, announce_failure
 from fishfast.fisher.engine.accumulator import Accumulator
+from fishfast.fisher.engine.score_memory import checked_device, zero_scores
 from fishfast.fisher.engine.scorer import Scorer
+from fishfast.fisher.foreign import as_sharded, refuse_sample_hooks
 from fishfast.fisher.heads import HEADS
 from fishfast.fisher.kind import FISHER_TYPES
 from fishfast.fisher.losses import labelled_batch_losses
@@ -46,6 +48,7 @@ def estimate_fisher(
     save_every: float = 60.0,
     process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    scores_device: torch.device | str | None = None,
 ) -> Fisher:
     r"""Estimate the diagonal Fisher information of every trainable parameter, exactly per sample.
 
@@ -68,6 +71,10 @@ def estimate_fisher(
     is that of a forward and backward; layers that checkpoint in train mode only, as in
     transformers, do not in eval mode.
 
+    The forward runs once for each batch, and again for the first where weights are caught better
+    further on: from the same batch, buffers and random state, and with the same losses. Hooks on
+    activations run in every backward, as the forward left them.
+
     Losses that couple samples (a batch mean, a contrastive loss) are refused where the coupling
     reaches every batched layer, and where they are one expanded value. Elsewhere each loss's own
     gradient is exact, but depends on the samples that share its batch.
@@ -78,7 +85,8 @@ def estimate_fisher(
             noise that a model draws comes from a state of the scoring's own. Hooks on parameters
             do not run while it is scored. Of a DistributedDataParallel, the inside is scored.
         batches: an iterable of batches, such as a DataLoader. One batch alone is refused if it is a
-            mapping, tensor or string; a tuple or list is taken for one of batches.
+            mapping, tensor or string; a tuple or list is taken for one of batches. Each forward
+            gets copies of a batch's containers and objects, with the tensors themselves.
         loss_fn: ``loss_fn(model, batch)`` returns the B losses of the batch's samples, shape
             ``[B]``. Default: for mappings with ``labels``, see `labelled_batch_losses`.
             "empirical" only.
@@ -102,16 +110,23 @@ def estimate_fisher(
         process_group: sum over its processes, each with batches of its own; every process gets
             the same scores. Each needs its own ``resume_path``.
         backend: ``"auto"``, ``"cpu"`` (compiled), ``"triton"`` or ``"torch"``.
+        scores_device: where the scores live, with the same bits. Default: each on its parameter's
+            device, 4 bytes a weight. ``"cpu"`` keeps them in the host's memory; a layer's scores
+            come to its device and go back in each batch, of which at most 256 MB and those of a
+            call are there at once.
 
     Returns:
-        A `Fisher`: name -> fp32 scores of the parameter's shape, on the parameter's device.
+        A `Fisher`: name -> fp32 scores of the parameter's shape, on the parameter's device or
+        ``scores_device``.
 
     Raises:
         TypeError: ``model`` is not a module, a function is not callable, ``batches`` a mapping,
             tensor, string or no iterable, a number not an integer, or a parameter complex.
         ValueError: no trainable parameter, a lazy one, no sample, an argument out of range or that
             goes with another ``fisher_type``, losses that are not one finite number per sample,
-            losses that couple samples in every batched layer, gradients that are not finite (with
+            losses that couple samples in every batched layer, that depend on none of the model's
+            parameters or that change when a forward has to run again, a hook that changes from
+            backward to backward, gradients that are not finite (with
             the sample and the parameter), scores that overflow fp32, a file or processes of
             another run.
 
@@ -140,7 +155,7 @@ def estimate_fisher(
     _check_labels(loss_fn, fisher_type, outputs_fn, head, num_label_samples)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    parameters = _trainable(model)
+    parameters, device = _trainable(model), checked_device(scores_device)
     _backend.choose("fisher", next(iter(parameters.values())).device, backend)
     generator = torch.Generator().manual_seed(seed)
     if fisher_type == "empirical":
@@ -148,9 +163,9 @@ def estimate_fisher(
     else:
         objective = over_labels(outputs_fn, head, fisher_type, power, num_label_samples, generator)
     with torch.inference_mode(False):  # tensors made here must be able to take part in autograd
-        # Of the parameters' strides, so that a view of a parameter is a view of its scores.
-        scores = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-        scorer = Scorer(model, objective, parameters, scores, Accumulator(power, backend))
+        stored = zero_scores(parameters, device)
+        scores: dict[str, Tensor] = {}
+        scorer = Scorer(model, objective, parameters, stored, Accumulator(power, backend))
         run = Run(scorer, fisher_type, num_samples)
         try:  # what fails in one process only, such as a folder, is announced to the others
             if resume_path is not None and fisher_type == "sampled":
@@ -166,10 +181,10 @@ def estimate_fisher(
                 buffers_put_back(model),
             ):
                 run.score(batches, progress)
-            scores = {name: score.contiguous() for name, score in scores.items()}
+            scores = {name: score.contiguous() for name, score in stored.kept.items()}
         except BaseException as error:
             if process_group is not None:
-                announce_failure(error, scores, process_group)
+                announce_failure(error, stored.kept, process_group)
             raise
         counts = [run.num_samples, run.num_batches]
         if process_group is not None:
@@ -177,11 +192,12 @@ def estimate_fisher(
                 scores, counts, process_group, fisher_type=fisher_type, power=power
             )
     _check_scores(scores, counts[0])
-    return run.result(scores, *counts)
+    return run.result(as_sharded(scores, parameters), *counts)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     refuse_lazy(model)
+    refuse_sample_hooks(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fishfast.fisher.virtual_tokens import with_virtual_tokens
 
 __all__ = ["IGNORED", "Answer", "ask_model", "describe", "labelled_batch_losses"]
 
@@ -43,7 +46,8 @@ def labelled_batch_losses(model: nn.Module, batch: Any) -> Tensor:
     Classification: cross entropy, or binary cross entropy averaged over the labels of a
     multi-label head. Regression: squared error averaged over the outputs. Language modelling:
     cross entropy averaged over the sample's own labels that are not -100, shifted by one for a
-    causal model only. The task is the model's own ``loss_type`` (transformers) or, for a module
+    causal model only. Virtual tokens that PEFT puts before them have no labels, except in CPT.
+    The task is the model's own ``loss_type`` (transformers) or, for a module
     without one, follows from the shapes of logits ``[B, C]`` and labels. Auxiliary losses that a
     model adds to its own, such as a router's load balancing, are not included.
 
@@ -65,10 +69,12 @@ def labelled_batch_losses(model: nn.Module, batch: Any) -> Tensor:
         )
     answer = ask_model(model, batch, _ASK)
     logits, labels = answer.logits.float(), answer.inputs["labels"]
-    if answer.task == "next tokens":
-        return _token_losses(logits[:, :-1], labels[:, 1:])
-    if answer.task == "same tokens":
-        return _token_losses(logits, labels)
+    if answer.task in ("next tokens", "same tokens"):
+        labels, weights = with_virtual_tokens(model, answer.inputs, logits, IGNORED, _ASK)
+        if answer.task == "next tokens":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+            weights = None if weights is None else weights[:, 1:]
+        return _token_losses(logits, labels, weights)
     if answer.task is None:
         raise ValueError(
             f"loss_fn is needed for logits of shape {tuple(logits.shape)} with loss_type "
@@ -148,27 +154,42 @@ def ask_model(model: nn.Module, batch: Mapping[str, Any], remedy: str) -> Answer
 
 
 def _problem_type(logits: Tensor, labels: Any) -> str:
-    """Return the problem that transformers' own loss takes these labels for."""
+    """Return the problem that transformers' own loss takes these labels for: by their dtype.
+
+    Integers of the logits' shape, which transformers cannot use, are yes or no for each label.
+    """
     if logits.shape[1] == 1:
         return "regression"
-    if labels is None or (labels.dim() == 1 and not labels.is_floating_point()):
+    if labels is None or (_is_integer(labels) and labels.numel() == len(logits)):
         return "single_label_classification"
     return "multi_label_classification"
 
 
-def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def _is_integer(labels: Tensor) -> bool:
+    return labels.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _token_losses(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    losses = losses if weights is None else losses * weights
     counted = (labels != IGNORED).sum(1)
     return losses.sum(1) / counted.clamp(min=1)
 
 
 def _head_losses(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     if problem_type == "regression":
-        return (logits - labels.view_as(logits)).square().mean(1)
+        return (logits - labels.reshape(logits.shape)).square().mean(1)
     if problem_type == "multi_label_classification":
+        if labels.shape != logits.shape:
+            raise ValueError(
+                "labels must be integers, one for each sample, or have the logits' shape; got "
+                f"{labels.dtype} of shape {tuple(labels.shape)} for logits of shape "
+                f"{tuple(logits.shape)}; {_ASK}"
+            )
         targets = labels.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
-    return F.cross_entropy(logits, labels.view(-1), reduction="none", ignore_index=IGNORED)
+    labels = labels.reshape(-1).long()
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
 
 
 def describe(value: Any) -> str:

@@ -26,10 +26,12 @@ class Losses(NamedTuple):
         probe: one number per sample, ``[B]``, which depends on all that the rows depend on.
         rows: called once the forward is settled; yields vectors ``[B]``, the squares (or absolute
             values) of whose per-sample gradients add up. Draws, if there are any, are made here.
+        mean_of: how many samples the one loss may be the mean of; None where it is none.
     """
 
     probe: Tensor
     rows: Callable[[], Iterator[Tensor]]
+    mean_of: int | None = None
 
 
 Objective = Callable[[nn.Module, Any], Losses]
@@ -40,8 +42,8 @@ def empirical(loss_fn: LossFn) -> Objective:
 
     def objective(model: nn.Module, batch: Any) -> Losses:
         losses = loss_fn(model, batch)
-        check_losses(losses, batch)
-        return Losses(losses, lambda: iter((losses,)))
+        mean_of = check_losses(losses, batch)
+        return Losses(losses, lambda: iter((losses,)), mean_of)
 
     return objective
 
@@ -75,6 +77,8 @@ def over_labels(
             given = outputs_fn(model, batch)
             outputs, counted = given if isinstance(given, tuple) else (given, None)
             kind = head or "softmax"
+        if isinstance(outputs, Tensor) and outputs.dim() and len(outputs) == 0:
+            return Losses(outputs.flatten(), lambda: iter(()))
         if (
             not isinstance(outputs, Tensor)
             or 0 in (outputs.dim(), outputs.numel())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fishfast.fisher.heads import HEADS
 from fishfast.fisher.losses import IGNORED, Answer, ask_model, describe
+from fishfast.fisher.virtual_tokens import num_virtual_tokens
 
 __all__ = ["default_outputs"]
 
@@ -53,20 +54,26 @@ def default_outputs(model: nn.Module, batch: Any) -> tuple[Tensor, str, Tensor |
     if not answer.task.endswith("tokens"):
         return answer.logits, "softmax", None
     shifted = answer.task == "next tokens"
-    return answer.logits, "tokens", _counted_positions(answer, shifted)
-
-
-def _counted_positions(answer: Answer, shifted: bool) -> Tensor:
-    """Return bool [B, T]: positions whose distribution is for a token that counts."""
     mask = answer.inputs.get("decoder_attention_mask" if answer.decodes else "attention_mask")
+    own = answer.inputs.get("labels", mask)
+    if own is None:
+        own = answer.inputs.get("input_ids", answer.logits[..., 0])
+    virtual = num_virtual_tokens(model, answer.logits, own, _ASK)
+    return answer.logits, "tokens", _counted_positions(answer, shifted, mask, virtual)
+
+
+def _counted_positions(answer: Answer, shifted: bool, mask: Tensor | None, virtual: int) -> Tensor:
+    """Return bool [B, T]: positions whose distribution is for a token that counts."""
     if "labels" in answer.inputs:
         counted = answer.inputs["labels"] != IGNORED
     elif mask is not None:
         counted = mask != 0
     else:
-        counted = torch.ones_like(answer.logits[..., 0], dtype=torch.bool)
+        counted = torch.ones_like(answer.logits[:, virtual:, 0], dtype=torch.bool)
+    of_token = F.pad(counted, (virtual, 0))  # virtual tokens are none of the batch
     if not shifted:
-        return counted
-    following = F.pad(counted[:, 1:], (0, 1))  # the last position is for no token of the batch
-    # Padding on the left does not predict the first token.
-    return following if "labels" in answer.inputs else following & counted
+        return of_token
+    following = F.pad(of_token[:, 1:], (0, 1))  # the last position is for no token of the batch
+    # Padding on the left does not predict the first token; virtual tokens do.
+    present = F.pad(counted, (virtual, 0), value=True)
+    return following if "labels" in answer.inputs else following & present

@@ -155,8 +155,8 @@ class Fisher(Mapping[str, Tensor]):
     def report(self) -> str:
         """Return a table: each parameter, its mean score of a sample, and how it was caught.
 
-        The lines after it say what that cost: passes over batches, and seconds where they were
-        measured.
+        The lines after it say what that cost: passes over batches, seconds where they were
+        measured, and the memory of the scores.
         """
         rows = [
             (name, tuple(score.shape), f"{_mean(score) / max(1, self.num_samples):.4g}",
@@ -176,7 +176,15 @@ class Fisher(Mapping[str, Tensor]):
                 f"fallback: {len(self.fallback)} tensors, {self.passes['fallback']:,} extra "
                 f"backward passes{self._share('fallback')}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, self._memory()])
+
+    def _memory(self) -> str:
+        sizes: dict[str, int] = {}
+        for score in self.values():
+            place = str(score.device)
+            sizes[place] = sizes.get(place, 0) + score.numel() * score.element_size()
+        parts = [f"{_in_bytes(size)} of fp32 on {place}" for place, size in sizes.items()]
+        return f"scores: {', '.join(parts) or 'none'}"
 
     def _share(self, *kinds: str) -> str:
         total, part = sum(self.seconds.values()), sum(self.seconds[kind] for kind in kinds)
@@ -218,6 +226,13 @@ class Fisher(Mapping[str, Tensor]):
     def facts(self) -> dict[str, Any]:
         """Return everything but the scores, by the names that ``__init__`` has for it."""
         return {name: getattr(self, name) for name in FACTS}
+
+
+def _in_bytes(size: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def _mean(score: Tensor) -> float:

@@ -14,7 +14,6 @@ from fishfast.fisher.engine.blame import blame
 from fishfast.fisher.engine.scorer import NotFinite, Scorer
 from fishfast.fisher.result import Fisher
 from fishfast.fisher.running import RunningScores
-from fishfast.fisher.untouched import OwnRandomState
 
 __all__ = ["Run"]
 
@@ -26,7 +25,6 @@ class Run:
         self.scorer, self.fisher_type, self.limit = scorer, fisher_type, limit
         self.running: RunningScores | None = None
         self.num_samples = self.num_batches = 0
-        self._random_state = OwnRandomState(score.device for score in scorer.scores.values())
 
     def result(self, scores: Mapping[str, Tensor], num_samples: int, num_batches: int) -> Fisher:
         """Return scores with what is known about them."""
@@ -34,17 +32,17 @@ class Run:
         return Fisher(
             scores, num_samples, scorer.fallback, num_batches=num_batches,
             fisher_type=self.fisher_type, power=scorer.add.power, roads=scorer.roads,
-            passes=scorer.passes, seconds=scorer.seconds,
+            passes=scorer.costs.passes, seconds=scorer.costs.seconds,
         )  # fmt: skip
 
     def _so_far(self) -> Fisher:
-        return self.result(self.scorer.scores, self.num_samples, self.num_batches)
+        return self.result(self.scorer.scores.kept, self.num_samples, self.num_batches)
 
     def score(self, batches: Iterable[Any], progress: bool) -> None:
         """Score what is left of the batches."""
         if self.running is not None:
             power = self.scorer.add.power
-            before = self.running.resume(self.scorer.scores, self.fisher_type, power)
+            before = self.running.resume(self.scorer.scores.kept, self.fisher_type, power)
             if before is not None:
                 self.scorer.go_on(before)
                 self.num_samples, self.num_batches = before.num_samples, before.num_batches
@@ -65,11 +63,10 @@ class Run:
                 for batch in self._not_scored(batches):
                     left = None if self.limit is None else self.limit - self.num_samples
                     whole = False
-                    with self._random_state:
-                        try:
-                            counted, size = self.scorer.add_batch(batch, left)
-                        except NotFinite:
-                            raise ValueError(blame(self.scorer, batch)) from None
+                    try:
+                        counted, size = self.scorer.add_batch(batch, left)
+                    except NotFinite:
+                        raise ValueError(blame(self.scorer, batch)) from None
                     self.num_samples += counted
                     self.num_batches += 1
                     whole = counted == size
@@ -81,6 +78,7 @@ class Run:
         finally:
             if self.running is not None and whole and self.num_batches:
                 self.running.save_now(self._so_far())
+        self.scorer.finish()
         if self.limit is not None and self.num_samples < self.limit:
             warnings.warn(
                 f"num_samples={self.limit}, but batches gave only {self.num_samples} samples",

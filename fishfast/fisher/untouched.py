@@ -34,8 +34,37 @@ def scoring_mode(model: nn.Module, eval_mode: bool) -> Iterator[None]:
             model.eval()
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        try:
+            if eval_mode:
+                _give_back_modes(model, modes, set())
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _give_back_modes(module: nn.Module, modes: dict[nn.Module, bool], seen: set[nn.Module]) -> None:
+    """Put modules back into their modes through their own ``train()``.
+
+    A model may do more there than set the mode: LeViT drops what it cached in eval mode, loralib
+    takes its updates out of the weights again.
+    """
+    if module in seen:
+        return
+    seen.add(module)
+    inside = [part for part in module.modules() if part in modes]
+    wanted = {modes[part] for part in inside}
+    changed = any(part.training != modes[part] for part in inside)
+    if not changed:
+        return
+    if len(wanted) == 1 or _has_own_train(module):
+        module.train(modes.get(module, module.training))
+    for child in module.children():
+        _give_back_modes(child, modes, seen)
+
+
+def _has_own_train(module: nn.Module) -> bool:
+    """Whether a module does something of its own when it changes its mode."""
+    return type(module).train is not nn.Module.train or "train" in vars(module)
 
 
 @contextlib.contextmanager
@@ -54,6 +83,10 @@ def hooks_set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p._backward_hooks = own
 
 
+_NO_BUFFERS: dict[str, torch.Tensor | None] = {}
+_NO_NAMES: set[str] = set()
+
+
 class Buffers:
     """The buffers of a model as they are now, to be put back: objects, memory and values.
 
@@ -62,20 +95,35 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        scripted = {part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)}
+        self._scripted = [
+            (module, dict(module.named_buffers(recurse=False))) for module in scripted
+        ]
         self._modules = [
             (module, dict(module._buffers), set(module._non_persistent_buffers_set))
-            for module in model.modules()
-        ]
-        buffers = {id(buffer): buffer for buffer in model.buffers()}
+            if module._buffers else (module, _NO_BUFFERS, _NO_NAMES)
+            for module in model.modules() if module not in scripted
+        ]  # fmt: skip
+        named: list[dict[str, torch.Tensor | None]] = [own for _, own, _ in self._modules]
+        named += [dict(own) for _, own in self._scripted]
+        buffers = {
+            id(buffer): buffer
+            for own in named for buffer in own.values() if buffer is not None
+        }  # fmt: skip
         self._values = [(buffer, buffer.data, buffer.clone()) for buffer in buffers.values()]
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Undo what was written, replaced, filled in, registered or resized since."""
         for module, buffers, non_persistent in self._modules:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set = non_persistent
+            if module._buffers or buffers:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+                module._non_persistent_buffers_set = set(non_persistent)
+        for module, own in self._scripted:  # their buffers are attributes of another language
+            for name, buffer in own.items():
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
         for buffer, memory, value in self._values:
             if buffer.shape != memory.shape or buffer.data_ptr() != memory.data_ptr():
                 buffer.data = memory
@@ -111,6 +159,10 @@ class OwnRandomState:
         torch.set_rng_state(states[0])
         for index, state in zip(self._cuda, states[1:], strict=True):
             torch.cuda.set_rng_state(state, index)
+
+    def start_over(self) -> None:
+        """Go back to the state of the last entry."""
+        self._set(self._own)
 
     def __enter__(self) -> None:
         self._outer = self._get()

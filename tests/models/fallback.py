@@ -69,17 +69,8 @@ def other_layers():
         run, conv=nn.Conv1d(8, 6, 3), up=nn.ConvTranspose1d(6, 5, 2), act=nn.PReLU(5),
         pair=nn.Bilinear(5, 5, 4),
     )  # fmt: skip
-    names = {name for name, _ in model.named_parameters() if not name.startswith("conv")}
+    names = {name for name, _ in model.named_parameters() if name.startswith(("act", "pair"))}
     return Case(model, sequences(3, 2), per_sample, names)
-
-
-def transposed_convolutions():
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.Tanh(),
-        nn.ConvTranspose2d(6, 2, 2, bias=False),
-    )  # fmt: skip
-    names = {"1.weight", "1.bias", "3.weight"}
-    return Case(model, [torch.randn(b, 3, 4, 4) for b in (3, 2)], per_sample, names)
 
 
 def recurrent_time_first():
@@ -130,7 +121,7 @@ FALLBACK: dict[str, Callable[[], Case]] = {
     make.__name__: make
     for make in (
         custom_function, custom_function_of_data_and_weight, checkpointed_with_fallback,
-        other_layers, transposed_convolutions, recurrent_time_first, products_by_einsum,
+        other_layers, recurrent_time_first, products_by_einsum,
         features_first,
     )
 }  # fmt: skip

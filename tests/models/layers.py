@@ -183,11 +183,20 @@ def norms_called_with_half_their_weights():
     return Case(Calls(run, linear=nn.Linear(8, 6), **weights), sequences(4, 3), per_sample)
 
 
+def transposed_convolutions():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.Tanh(),
+        nn.ConvTranspose2d(6, 2, 2, bias=False),
+    )  # fmt: skip
+    return Case(model, [torch.randn(b, 3, 4, 4) for b in (3, 2)], per_sample)
+
+
 LAYERS: dict[str, Callable[[], Case]] = {
     make.__name__: make
     for make in (
-        convnet_with_norms, conv_channels_last, conv_weight_channels_last, patches, layer_norms,
-        layer_norm_of_vectors, layer_norm_of_channels, rms_norms, group_norms,
+        convnet_with_norms, transposed_convolutions, conv_channels_last,
+        conv_weight_channels_last, patches, layer_norms, layer_norm_of_vectors,
+        layer_norm_of_channels, rms_norms, group_norms,
         group_norm_of_vectors, instance_norms, batch_norms, norms_of_volumes,
         norms_called_with_half_their_weights,
     )

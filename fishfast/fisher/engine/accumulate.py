@@ -11,6 +11,8 @@ same scores. B x |theta| values are never held: what is held at once fits a CPU'
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +20,9 @@ from torch import Tensor
 from fishfast.fisher.engine.accumulate_conv import add_conv
 from fishfast.fisher.engine.accumulate_linear import add_linear
 from fishfast.fisher.engine.power import add_samples, power_function
+from fishfast.fisher.engine.rows import bounds_of_blocks
 
-__all__ = ["add_conv", "add_embedding", "add_linear", "add_sum"]
+__all__ = ["add_blocks", "add_blocks_by", "add_conv", "add_embedding", "add_linear", "add_sum"]
 
 # fp32 values (2 MB) of a norm's products that are held at once.
 _HELD = 2**19
@@ -28,23 +31,55 @@ _HELD = 2**19
 _EMBEDDED, _COLUMNS = 2**23, 1024
 
 
+def add_blocks(
+    score: Tensor, bias: Tensor | None, grad: Tensor, x: Tensor, bias_of_x: bool, power: int
+) -> None:
+    """Add a linear layer's weight and bias, samples of one length.
+
+    Args:
+        score: [O, I] fp32, any strides.
+        bias: [O] fp32, to which the f's of ``sum_t grad[b, t, o]`` are added; None: no bias.
+        grad: [B, T, O], fp32, bf16 or fp16, any strides.
+        x: [B, T, I], as ``grad``.
+        bias_of_x: whether the bias is [I], of ``x``, where a weight stored transposed swaps both.
+        power: 2 or 1.
+    """
+    add_blocks_by(add_linear, add_sum, score, bias, grad, x, bias_of_x, power)
+
+
+def add_blocks_by(
+    add_linear: Callable[..., None], add_sum: Callable[..., None], score: Tensor,
+    bias: Tensor | None, grad: Tensor, x: Tensor, bias_of_x: bool, power: int,
+) -> None:  # fmt: skip
+    """Do what `add_blocks` does, by the sums of a backend for packed rows and for biases."""
+    output = x if bias_of_x else grad  # the gradient of the layer's output
+    if bias is not None:
+        add_sum(None, output, None, None, None, power, bias)
+    bounds = (None, None) if grad.shape[1] == 1 else bounds_of_blocks(output)
+    grad, x = (t.flatten(0, 1) for t in (grad, x))
+    grad, x = (t if t.stride(-1) == 1 else t.contiguous() for t in (grad, x))
+    add_linear(score, grad, x, *bounds, power)
+
+
 def add_sum(
-    score: Tensor,
+    score: Tensor | None,
     grad: Tensor,
     x: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
     power: int,
+    bias: Tensor | None = None,
 ) -> None:
     """Add ``sum_b f( sum_t grad[b, t, d] ((x - mean) rstd)[b, t, d] )`` to ``score[d]``.
 
     Args:
-        score: [D] fp32.
+        score: [D] fp32; None: nothing is added.
         grad: [B, T, D], any strides.
         x: [B, T, D], any strides; None: the sum of ``grad`` alone.
         mean: broadcastable to [B, T, D]; None: 0.
         rstd: broadcastable to [B, T, D]; None: 1.
         power: 2 or 1.
+        bias: [D] fp32, to which the f's of ``sum_t grad[b, t, d]`` are added; None: no bias.
     """
     if grad.numel() == 0:
         return
@@ -53,6 +88,10 @@ def add_sum(
     for start in range(0, len(grad), step):
         chunk = slice(start, start + step)
         product = grad[chunk].float()
+        if bias is not None:
+            add_samples(bias, product.sum(1), power)
+        if score is None:
+            continue
         if x is not None:
             centred = x[chunk].float() if mean is None else x[chunk].float() - mean[chunk]
             product = product * centred
@@ -75,10 +114,9 @@ def add_embedding(score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor, 
     """
     if grad.numel() == 0:
         return
-    num_samples = int(samples.max()) + 1
-    pairs, order = torch.sort(tokens * num_samples + samples, stable=True)
+    pairs, order = torch.sort((tokens << 32) + samples, stable=True)
     pairs, pair_starts = _runs(pairs)
-    used, token_starts = _runs(pairs // num_samples)
+    used, token_starts = _runs(pairs >> 32)
     f = power_function(power)
     in_order = torch.arange(len(pairs), device=pairs.device)
     width = max(_COLUMNS, _EMBEDDED // len(tokens))

@@ -1,4 +1,7 @@
-"""The sums of accumulate.py on the CPU, with csrc/fisher_linear_cpu.cpp where samples are short.
+"""The sums of accumulate.py on the CPU, by compiled kernels where torch's calls cost more.
+
+csrc/fisher_linear_cpu.cpp runs where samples are short, csrc/fisher_sum_cpu.cpp where features are
+adjacent in memory.
 
 A product per sample costs a pass over the weight, which a sample of few rows does not pay for: at
 16 rows torch's products take twice the time of the weight's ordinary gradient, at 4 rows six to
@@ -13,10 +16,10 @@ from torch import Tensor
 
 from fishfast import _backend
 from fishfast.fisher.engine import accumulate
-from fishfast.fisher.engine.accumulate import add_embedding, add_sum
+from fishfast.fisher.engine.accumulate import add_embedding
 from fishfast.fisher.engine.accumulate_conv import padded, windows
 
-__all__ = ["add_conv", "add_embedding", "add_linear", "add_sum"]
+__all__ = ["add_blocks", "add_conv", "add_embedding", "add_linear", "add_sum"]
 
 # Mean rows of a sample up to which the compiled kernel runs. It has 0.85 to 0.9 of MKL's rate with
 # AVX2 and catches up at 128 rows; a machine with wider vectors would do so earlier.
@@ -28,6 +31,75 @@ _SHORT_CONV, _FEW_CHANNELS = 4096, 8
 # fp32 values (4 MB) of a convolution's inputs and gradients that are copied at once.
 _HELD = 2**20
 _TIME = 0.025  # nanoseconds for a product
+_SUM_TIME = 1.0  # nanoseconds for an element of a gradient that is summed
+
+
+def add_blocks(
+    score: Tensor, bias: Tensor | None, grad: Tensor, x: Tensor, bias_of_x: bool, power: int
+) -> None:
+    """Add a linear layer's weight and bias, samples of one length; see accumulate.py."""
+    swapped = score.stride(1) != 1
+    if swapped:
+        score, grad, x, bias_of_x = score.T, x, grad, not bias_of_x
+    length = grad.shape[1]
+    if not 1 < length <= _SHORT or score.stride(1) != 1 or not grad.numel() or not x.numel():
+        accumulate.add_blocks_by(add_linear, add_sum, score, bias, grad, x, bias_of_x, power)
+        return
+    if bias is not None and bias.stride(0) != 1:
+        add_sum(None, x if bias_of_x else grad, None, None, None, power, bias)
+        bias = None
+    if grad.dtype is not torch.float32:
+        grad, x = grad.float(), x.float()
+    (num_outputs, num_inputs), num_samples = score.shape, grad.shape[0]
+    _backend.compiled().fisher_linear_blocks_cpu(
+        (score.data_ptr(), 0 if bias is None else bias.data_ptr(), grad.data_ptr(), x.data_ptr()),
+        (num_outputs, num_inputs, num_samples, length, score.stride(0)),
+        (*grad.stride(), *x.stride()),
+        bias_of_x,
+        power,
+        _backend.num_threads(num_outputs * num_inputs * num_samples * length * _TIME),
+    )
+
+
+def add_sum(
+    score: Tensor | None,
+    grad: Tensor,
+    x: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    power: int,
+    bias: Tensor | None = None,
+) -> None:
+    """Add a norm's scale and shift, or a bias; see accumulate.py."""
+    lead, width = grad.shape[:2], grad.shape[2]
+    addresses = [0 if score is None else score.data_ptr(), 0 if bias is None else bias.data_ptr()]
+    strides: list[int] = []
+    held = []  # until the kernel has run
+    by_row = grad.numel() > 0 and all(t is None or t.stride(0) == 1 for t in (score, bias))
+    for tensor, column in ((grad, 1), (x, 1), (mean, 0), (rstd, 0)):
+        if tensor is None:
+            addresses.append(0)
+            strides += (0, 0)
+            continue
+        tensor = tensor if tensor.dtype is torch.float32 else tensor.float()
+        if tensor.shape[:2] != lead:
+            tensor = tensor.expand(*lead, tensor.shape[2])
+        held.append(tensor)
+        addresses.append(tensor.data_ptr())
+        *outer, inner = tensor.stride()
+        strides += outer
+        by_row &= inner == column or tensor.shape[2] == 1
+        by_row &= column == 0 or tensor.shape[2] == width
+    if not by_row:
+        accumulate.add_sum(score, grad, x, mean, rstd, power, bias)
+        return
+    _backend.compiled().fisher_sum_cpu(
+        addresses,
+        grad.shape,
+        strides,
+        power,
+        _backend.num_threads(grad.numel() * _SUM_TIME),
+    )
 
 
 def add_linear(

@@ -39,14 +39,17 @@ class Accumulator:
         """Return the function that runs an operation where the score is."""
         found = self._functions.get((operation, score.device))
         if found is None:
-            module: Any = accumulate
-            backend = _backend.choose("fisher", score.device, self.backend)
-            if backend == "cpu":
-                module = accumulate_cpu
-            elif backend == "triton":
-                module = importlib.import_module(f"fishfast.kernels.fisher_{operation}")
-            found = self._functions[operation, score.device] = getattr(module, f"add_{operation}")
+            found = self._functions[operation, score.device] = self._found(score, operation)
         return found
+
+    def _found(self, score: Tensor, operation: str) -> Callable[..., None]:
+        backend = _backend.choose("fisher", score.device, self.backend)
+        if backend != "triton":
+            module: Any = accumulate_cpu if backend == "cpu" else accumulate
+            return getattr(module, f"add_{operation}")
+        file = {"blocks": "linear"}.get(operation, operation)
+        module = importlib.import_module(f"fishfast.kernels.fisher_{file}")
+        return getattr(module, f"add_{operation}")
 
     def add_linear(
         self, score: Tensor, grad: Tensor, x: Tensor, starts: Tensor | None, ends: Tensor | None
@@ -54,17 +57,27 @@ class Accumulator:
         """Add ``sum_b f( sum_{r in b} grad[r, o] x[r, i] )`` to ``score [O, I]``."""
         self._backend_of(score, "linear")(score, grad, x, starts, ends, self.power)
 
+    def add_blocks(
+        self, score: Tensor, bias: Tensor | None, grad: Tensor, x: Tensor, bias_of_x: bool
+    ) -> None:
+        """Add the same for samples of one length, ``[B, T, *]``; f of their sums to ``bias``."""
+        self._backend_of(score, "blocks")(score, bias, grad, x, bias_of_x, self.power)
+
     def add_sum(
         self,
-        score: Tensor,
+        score: Tensor | None,
         grad: Tensor,
         x: Tensor | None,
         mean: Tensor | None,
         rstd: Tensor | None,
+        bias: Tensor | None = None,
     ) -> None:
-        """Add ``sum_b f( sum_t grad (x - mean) rstd )`` to ``score [D]``."""
-        factors = (None if t is None else _no_double(t) for t in (x, mean, rstd))
-        self._backend_of(score, "sum")(score, _no_double(grad), *factors, self.power)
+        """Add ``sum_b f( sum_t grad (x - mean) rstd )`` to ``score [D]``, without x to ``bias``."""
+        if grad.dtype == torch.float64:
+            x, mean, rstd = (None if t is None else t.float() for t in (x, mean, rstd))
+            grad = grad.float()
+        run = self._backend_of(grad, "sum")
+        run(score, grad, x, mean, rstd, self.power, bias)
 
     def add_embedding(self, score: Tensor, tokens: Tensor, samples: Tensor, grad: Tensor) -> None:
         """Add the rows of equal tokens of a sample, f of their sum, to ``score [V, D]``."""

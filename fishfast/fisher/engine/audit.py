@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fishfast.fisher.engine.operands import Operand, Tracker, disjoint_groups
-from fishfast.fisher.engine.row_order import Consumer, signed_dim
+from fishfast.fisher.engine.operands import Tracker
+from fishfast.fisher.engine.plan import Group, Plan, Plans
+from fishfast.fisher.engine.row_order import Consumer, is_python, signed_dim
 
 __all__ = ["Audit", "audit"]
 
@@ -31,33 +33,111 @@ _CUTTING = {
     "SelectBackward0": ("_saved_index",), "SliceBackward0": ("_saved_start", "_saved_end"),
     "RollBackward0": ("_saved_shifts",),
 }  # fmt: skip
+# What a model may choose by its data: dims that samples may be in, without changing any size.
+_CHOSEN = (
+    "_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_dimension",
+    "_saved_keepdim", "_saved_normalized_shape",
+)  # fmt: skip
+_VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
 
-# Uses of overlapping parts of parameters: nodes, and which of their operands.
-Group = list[tuple[Any, int]]
 
-
-class Audit(NamedTuple):
+class Audit:
     """What a walk over the autograd graph found.
 
     Attributes:
         calls: the nodes of the intercepted calls.
         foreign: name -> what uses it, for parameters that are used by something else too.
-        groups: node -> for each operand the uses, itself among them, that are summed with it.
-        moved: the calls whose rows tensors of indices put elsewhere before the losses.
-        structure: the same for graphs of the same calls in the same order, whatever the sizes, that
-            cut the samples' dim in the same places.
-        consumers: node -> what uses its outputs.
+        plan: where the gradients of the calls go.
+        structure: the same for graphs of the same calls that feed each other in the same way,
+            whatever the sizes, and cut the samples' dim in the same places.
+        nodes: all nodes of the graph, but for its leaves.
+        views: those that give their argument another shape.
+        cuts: where dims behind the first two are cut that have as many elements as samples.
+        movers: those where tensors of indices put rows elsewhere.
+        python: those whose gradients pass through Python (a hook, a custom function), which need
+            not treat each sample by itself.
+        others: leaves with a gradient that are no tracked parameter.
+        num_samples: B.
     """
 
-    calls: list[Any]
-    foreign: dict[str, str]
-    groups: dict[Any, list[Group | None]]
-    moved: set[Any]
-    structure: int
-    consumers: dict[Any, list[Consumer]]
+    def __init__(
+        self, calls: list[Any], foreign: dict[str, str], plan: Plan, structure: int,
+        nodes: list[Any], views: list[Any], cuts: list[str], movers: list[Any],
+        python: list[Any], others: list[Tensor], num_samples: int,
+    ) -> None:  # fmt: skip
+        self.calls, self.foreign, self.plan, self.structure = calls, foreign, plan, structure
+        self.nodes, self.views, self.cuts = nodes, views, cuts
+        self.movers, self.python = movers, python
+        self.others = others
+        self.num_samples = num_samples
+
+    @functools.cached_property
+    def groups(self) -> dict[Any, list[Group | None]]:
+        """Node -> for each operand the uses, itself among them, that are summed with it."""
+        return dict(zip(self.calls, self.plan.groups, strict=True))
+
+    @functools.cached_property
+    def moved(self) -> set[Any]:
+        """The calls whose rows tensors of indices put elsewhere before the losses."""
+        return _calls_above(self.movers)
+
+    @functools.cached_property
+    def unproven(self) -> set[Any]:
+        """The calls that nodes in Python depend on."""
+        return _calls_above(self.python)
+
+    @functools.cached_property
+    def consumers(self) -> dict[Any, list[Consumer]]:
+        """Node -> what uses its outputs."""
+        consumers: dict[Any, list[Consumer]] = {}
+        for node in self.nodes:
+            for position, (parent, output) in enumerate(node.next_functions):
+                if parent is not None:
+                    consumers.setdefault(parent, []).append(Consumer(node, position, output))
+        return consumers
 
 
-def audit(losses: Tensor, tracker: Tracker) -> Audit:
+class _Kind(NamedTuple):
+    """What the nodes of one type have in common.
+
+    Attributes:
+        name: of the nodes.
+        is_call: whether they are intercepted calls.
+        is_asked: whether nodes of the kind differ in more than their inputs.
+        is_leaf: whether they end at a parameter or another leaf.
+        is_python: whether gradients pass through Python, in a function that is none of ours.
+        is_view: whether they give their argument another shape.
+        chosen: attributes that tell one from another.
+    """
+
+    name: str
+    is_call: bool
+    is_asked: bool
+    is_leaf: bool
+    is_python: bool
+    is_view: bool
+    chosen: tuple[str, ...]
+
+
+_KINDS: dict[type, _Kind] = {}
+_REENTRANT = "CheckpointFunctionBackward"
+
+
+def _kind(node: Any) -> _Kind:
+    name = node.name()
+    asked = name in _MOVING or name in _CUTTING or name == _REENTRANT
+    chosen = tuple(saved for saved in _CHOSEN if hasattr(node, saved))
+    is_call = hasattr(node, "rule")
+    python = is_python(node) and not is_call
+    kind = _Kind(
+        name, is_call, asked, hasattr(node, "variable"), python, name in _VIEWS, chosen
+    )  # fmt: skip
+    if type(node).__name__ == name:  # nodes of other libraries share one type
+        _KINDS[type(node)] = kind
+    return kind
+
+
+def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> Audit:
     """Walk the graph from the losses to every tracked parameter.
 
     Intercepted calls have no edge to their operands: an edge that ends at a parameter is a use that
@@ -66,6 +146,8 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
     Args:
         losses: of a forward under the interception.
         tracker: the tracked parameters.
+        hooked: nodes whose outputs have hooks.
+        plans: those of the graphs seen before.
 
     Returns:
         What was found.
@@ -75,49 +157,74 @@ def audit(losses: Tensor, tracker: Tracker) -> Audit:
     """
     calls: list[Any] = []
     foreign: dict[str, str] = {}
-    walked: list[Any] = []
+    walked: list[Any] = [losses.output_nr]
     movers: list[Any] = []
-    consumers: dict[Any, list[Consumer]] = {}
-    seen, stack = {losses.grad_fn}, [losses.grad_fn]
+    python: list[Any] = []
+    views: list[Any] = []
+    cuts: list[str] = []
+    nodes: list[Any] = []
+    others: list[Tensor] = []
+    num_samples = len(losses)
+    start: list[Any] = [losses.grad_fn] if num_samples else []  # no sample may count
+    numbers = dict.fromkeys(start, 0)  # in the order in which the walk meets the nodes
+    stack = list(start)
     while stack:
-        node: Any = stack.pop()
-        walked.append(node.name())
-        if node.name() in _CUTTING:
-            walked.append(_cut(node, len(losses)))
-        if _moves(node, len(losses)):
-            movers.append(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                "activation checkpoints must not be reentrant: the parameters inside one are "
-                "hidden from the audit; got a checkpoint function of another library; use "
-                "torch.utils.checkpoint"
-            )
-        if hasattr(node, "rule"):
+        node = stack.pop()
+        nodes.append(node)
+        kind = _KINDS.get(type(node)) or _kind(node)
+        walked.append(kind.name)
+        if kind.is_call:
             calls.append(node)
-            walked += [type(node.rule), *(operand and operand.names for operand in node.operands)]
-        for position, (parent, output) in enumerate(node.next_functions):
+            walked.append(type(node.rule))
+            walked += [operand and operand.names for operand in node.operands]
+        elif kind.is_asked:
+            walked.append(_answer(kind.name, node, num_samples, cuts))
+            if _moves(kind.name, node, num_samples):
+                movers.append(node)
+        elif kind.is_python:
+            python.append(node)
+        elif kind.is_view:
+            views.append(node)
+        if kind.chosen:
+            walked += [getattr(node, saved) for saved in kind.chosen]
+        for parent, output in node.next_functions:
             if parent is None:
+                walked.append(None)
                 continue
-            consumers.setdefault(parent, []).append(Consumer(node, position, output))
-            name = tracker.name(getattr(parent, "variable", None))
-            if name is not None:
-                foreign.setdefault(name, _call_name(node))
-            elif parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    uses = [
-        (node, i, operand)
-        for node in calls
-        for i, operand in enumerate(node.operands)
-        if operand is not None
-    ]
-    groups, structure = _groups(calls, uses), hash(tuple(walked))
-    return Audit(calls, foreign, groups, _calls_above(movers), structure, consumers)
+            number = numbers.get(parent)
+            if number is None:
+                number = numbers[parent] = len(numbers)
+                if (_KINDS.get(type(parent)) or _kind(parent)).is_leaf:
+                    name = tracker.name(parent.variable)
+                    walked.append(name)
+                    if name is not None:
+                        foreign[name] = _call_name(node)
+                    else:
+                        others.append(parent.variable)
+                else:
+                    stack.append(parent)
+            walked += (number, output)
+    structure = hash(tuple(walked))
+    plan = plans.of(structure, [node.operands for node in calls])
+    python += [node for node in hooked if node in numbers]
+    return Audit(
+        calls, foreign, plan, structure, nodes, views, cuts, movers, python, others, num_samples
+    )  # fmt: skip
 
 
-def _moves(node: Any, num_samples: int) -> bool:
+def _answer(name: str, node: Any, num_samples: int, cuts: list[str]) -> Any:
+    """Return what tells this node from others of its kind."""
+    if name == _REENTRANT:
+        raise ValueError(
+            "activation checkpoints must not be reentrant: the parameters inside one are "
+            "hidden from the audit; got a checkpoint function of another library; use "
+            "torch.utils.checkpoint"
+        )
+    return _cut(node, num_samples, cuts) if name in _CUTTING else None
+
+
+def _moves(name: str, node: Any, num_samples: int) -> bool:
     """Whether tensors say which sample's row goes where; they do not in ``x[arange(B), ids]``."""
-    name = node.name()
     if name in {"IndexBackward0", "IndexPutBackward0"}:
         sizes = node._input_metadata[0].shape
         if name == "IndexBackward0":
@@ -137,15 +244,24 @@ def _moves(node: Any, num_samples: int) -> bool:
     return name in _MOVING
 
 
-def _cut(node: Any, num_samples: int) -> Any:
-    """Return where a call cuts, or turns, the samples; None for another dim."""
+def _cut(node: Any, num_samples: int, cuts: list[str]) -> Any:
+    """Return where a call cuts, or turns, the samples; None for another dim.
+
+    Behind the first two dims they seldom are: a dim of heads may have as many in one batch, whose
+    structure is that of the next one. There the cut is added to ``cuts``.
+    """
     dims = getattr(node, "_saved_dims", None)
+    deep = False
     if dims is None:
         sizes = node._saved_self_sym_sizes
         dim = signed_dim(node._saved_dim, len(sizes))
-        if dim > 1 or (dim == 1 and sizes[dim] != num_samples):
+        if dim != 0 and sizes[dim] != num_samples:
             return None
-    return str([getattr(node, name) for name in _CUTTING[node.name()]] + [dims])
+        deep = dim > 1
+    found = str([getattr(node, name) for name in _CUTTING[node.name()]] + [dims])
+    if deep:
+        cuts.append(found)
+    return None if deep else found
 
 
 def _calls_above(nodes: list[Any]) -> set[Any]:
@@ -165,28 +281,3 @@ def _calls_above(nodes: list[Any]) -> set[Any]:
 def _call_name(node: Any) -> str:
     """Return what a user would recognise: "addmm" for AddmmBackward0."""
     return str(node.name()).partition("Backward")[0].lower() or "a custom function"
-
-
-def _groups(
-    calls: list[Any], uses: list[tuple[Any, int, Operand]]
-) -> dict[Any, list[Group | None]]:
-    """Join the uses of each parameter that overlap, across operands of several parameters."""
-    by_name: dict[str, list[int]] = {}
-    for place, (_, _, operand) in enumerate(uses):
-        for name in operand.names:
-            by_name.setdefault(name, []).append(place)
-    group_of: list[Group] = [[(node, i)] for node, i, _ in uses]
-    for places in by_name.values():
-        if len(places) == 1:
-            continue
-        first: dict[int, int] = {}
-        numbers = disjoint_groups(uses[place][2].region for place in places)
-        for place, number in zip(places, numbers, strict=True):
-            joined, group = group_of[first.setdefault(number, place)], group_of[place]
-            if group is not joined:
-                joined += group
-                group_of = [joined if other is group else other for other in group_of]
-    groups: dict[Any, list[Group | None]] = {node: [None] * len(node.operands) for node in calls}
-    for (node, i, _), group in zip(uses, group_of, strict=True):
-        groups[node][i] = group
-    return groups

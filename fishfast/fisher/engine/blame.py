@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fishfast.fisher.batch_copy import copied_batch
 from fishfast.fisher.engine.gradients import gradients
 from fishfast.fisher.engine.interception import NEVER
 from fishfast.fisher.engine.scorer import Scorer
@@ -38,8 +39,8 @@ def _culprit(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
 
     The loss of another sample reaches such a row too, with 0 times infinity.
     """
-    losses, found = scorer.forward(batch)
-    scorer.rows.known(found, len(losses.probe))
+    losses, found = scorer.forwards.run(batch)
+    scorer.rows.known(found, losses.probe)
     culprits: list[tuple[int, str]] = []
 
     def look(node: Any, x: Tensor | None, grad: Tensor) -> None:
@@ -51,14 +52,14 @@ def _culprit(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
         names = [operand.names[0] for operand in node.operands if operand is not None]
         culprits.extend((int(sample), names[0]) for sample in samples[samples >= 0])
 
-    scorer.backward(losses.probe.sum(), look)
+    scorer.backwards.run(losses.probe.sum(), look)
     return culprits[0] if culprits else None
 
 
 def _culprit_alone(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
     """Return the sample and the parameter where autograd's own gradient is not finite."""
     scorer.interception.levels.update(dict.fromkeys(scorer.parameters, NEVER))
-    losses = scorer.objective(scorer.model, batch).probe
+    losses = scorer.objective(scorer.model, copied_batch(batch)[0]).probe
     for index, loss in enumerate(losses):
         grads = gradients(loss, list(scorer.parameters.values()))
         for name, grad in zip(scorer.parameters, grads, strict=True):

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from fishfast.fisher.engine.gradients import gradients
 
-__all__ = ["Operand", "Region", "Tracker", "disjoint_groups", "tensors_in"]
+__all__ = ["MARK", "Operand", "Region", "Tracker", "disjoint_groups", "is_opaque", "tensors_in"]
 
 # Backward nodes of calls that treat every element by itself.
 _BY_ELEMENT = {
     "AddBackward0", "SubBackward0", "RsubBackward1", "MulBackward0", "DivBackward0", "NegBackward0",
     "ExpBackward0", "SigmoidBackward0", "TanhBackward0", "SoftplusBackward0", "ToCopyBackward0",
 }  # fmt: skip
+MARK = "_fishfast_sources"  # the attribute of a tensor that says what it comes from
 _UNMARKED: tuple[Any, frozenset[str], int] = (None, frozenset(), 0)
 
 
@@ -55,11 +56,13 @@ class Operand(NamedTuple):
         tensor: the parameter or a tensor computed from parameters; its graph is kept.
         names: the parameters.
         region: which part of the one parameter it is, or None if it was computed.
+        is_part: whether it is another tensor than the parameter.
     """
 
     tensor: Tensor
     names: tuple[str, ...]
     region: Region | None
+    is_part: bool = True
 
 
 class Tracker:
@@ -69,6 +72,7 @@ class Tracker:
         parameters: the tracked parameters by name.
 
     Attributes:
+        alone: the name of each parameter as a set, by identity.
         pulled_back: parameters to which samples' gradients went back through the operations that
             compute an operand from them.
     """
@@ -77,10 +81,16 @@ class Tracker:
         self.parameters = dict(parameters)
         self.pulled_back: set[str] = set()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self.alone = {id(p): frozenset((name,)) for name, p in parameters.items()}
         self._whole = {
-            name: Operand(parameter, (name,), self._region(parameter))
+            name: Operand(parameter, (name,), self._region(parameter), is_part=False)
             for name, parameter in parameters.items()
         }
+
+    def whole(self, tensor: Tensor) -> Operand | None:
+        """Return a tracked parameter as an operand, None for any other tensor."""
+        name = self._names.get(id(tensor))
+        return None if name is None else self._whole[name]
 
     def name(self, tensor: Any) -> str | None:
         """Return the name of a tracked parameter, None for any other object."""
@@ -88,11 +98,11 @@ class Tracker:
 
     def sources(self, tensor: Tensor) -> frozenset[str]:
         """Return the parameters that a tensor is computed from, if from nothing else."""
-        name = self._names.get(id(tensor))
-        if name is not None:
-            return frozenset((name,))
+        alone = self.alone.get(id(tensor))
+        if alone is not None:
+            return alone
         # The mark carries its tracker: a tensor may outlive the scoring that marked it.
-        tracker, names, version = getattr(tensor, "_fishfast_sources", _UNMARKED)
+        tracker, names, version = getattr(tensor, MARK, _UNMARKED)
         if tracker is not self:
             return _UNMARKED[1]
         if names and tensor._version != version:  # written to since, perhaps through a view
@@ -124,7 +134,7 @@ class Tracker:
             if result.requires_grad and self.name(result) is None:
                 # Squares of complex gradients are none of ours: autograd keeps them.
                 names = _UNMARKED[1] if result.is_complex() else names
-                result._fishfast_sources = (self, names, result._version)  # type: ignore[attr-defined]
+                setattr(result, MARK, (self, names, result._version))
 
     def operand(self, tensor: Tensor) -> Operand | None:
         """Return a tensor as an operand, None if it is no tracked one."""
@@ -198,6 +208,23 @@ class Tracker:
             for name, column in zip(operand.names, columns, strict=True)
             if column[0] is not None
         }
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Return whether a tensor runs torch's operations in a way of its own.
+
+    Nested tensors, DTensors and quantized weights do: no rule knows how.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        Whether it does.
+    """
+    return type(tensor).__torch_dispatch__ is not _PLAIN or tensor.is_nested
+
+
+_PLAIN = Tensor.__torch_dispatch__
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

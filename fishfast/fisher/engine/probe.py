@@ -9,14 +9,15 @@ Where a row is neither (it mixes samples, or its gradient is too small to be exa
 half of the losses and of the other half decide, one pair for each bit of the sample's number.
 
 What is learned is a `Layout` for each call of a graph of this structure. Which loss a row belongs
-to depends on what lies between the call and the losses: it is trusted in later batches if the sizes
-say the same, no tensor of indices moves rows there, and rows of several samples in one dim stay in
-order (row_order.py). Other calls (experts, sorted or packed sequences) are looked at in every
-batch, and all calls again after 4, 16, 64, ... batches.
+to depends on what lies between the call and the losses: it is trusted in later batches if the
+operations there say the same (row_order.py), no tensor of indices moves rows, and no gradient
+passes through Python. Other calls (experts, sorted or packed sequences, learned prototypes) are
+looked at in every batch, and all calls again after 4, 16, 64, ... batches.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -25,18 +26,15 @@ import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.audit import Audit
-from fishfast.fisher.engine.row_order import stays_in_order
-from fishfast.fisher.engine.rows import NO_GRADIENT, SEVERAL, Layout, Rows, layouts
+from fishfast.fisher.engine.row_order import sample_steps
+from fishfast.fisher.engine.rows import NO_GRADIENT, Layout, Rows, layouts
+from fishfast.fisher.engine.signatures import BASE, OWN, Verdict, by_halves, by_powers, judge
 
 __all__ = ["RowFinder"]
 
 # Backward of sum(weights * losses) to all intercepted calls.
 Backward = Callable[[Tensor], None]
 
-# Powers of two from 2**-8 to 2**7, which fp16 gradients survive; more samples take more digits.
-_BASE = 16
-# Exponent for the largest loss: other losses would have to be 2**34 times larger to hide it.
-_OWN = 10
 # Elements of a gradient that are held in float64 at once.
 _PART = 2**20
 # Batches after which nothing is trusted once: where two that look alike were not, it shows.
@@ -52,12 +50,18 @@ class RowFinder:
         # By the structure of the graph, then by the place of the call in it.
         self._known: dict[int, dict[int, set[Layout]]] = {}
         self._silent: dict[int, set[int]] = {}
+        # By structure and sizes: the step of the samples in each call's result, by its place.
+        self._steps: dict[tuple[Any, ...], list[int | None]] = {}
         self._num_batches = 0
         self._observed: dict[Any, Tensor] = {}
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
 
     def observe(self, node: Any, x: Tensor | None, grad: Tensor) -> None:
-        """Note one number for each row: its gradient along a fixed random direction.
+        """Note one number for each row."""
+        self._observed[node] = self.signature(node, grad)
+
+    def signature(self, node: Any, grad: Tensor) -> Tensor:
+        """Return one number for each row: its gradient along a fixed random direction.
 
         In float64, so that a gradient times a power of two gives exactly that number times it.
         """
@@ -65,8 +69,10 @@ class RowFinder:
         direction = self._direction(rows.shape[1], rows.device)
         # In parts: in float64 the gradient of a language model's outputs would be the largest
         # tensor of all.
+        if rows.numel() <= _PART:
+            return rows.double() @ direction
         parts = rows.split(max(1, _PART // max(1, rows.shape[1])))
-        self._observed[node] = torch.cat([part.double() @ direction for part in parts])
+        return torch.cat([part.double() @ direction for part in parts])
 
     def _direction(self, size: int, device: torch.device) -> Tensor:
         found = self._directions.get((size, device))
@@ -76,27 +82,34 @@ class RowFinder:
             self._directions[size, device] = found
         return found
 
-    def known(self, found: Audit, num_samples: int) -> list[Any]:
+    def is_new(self, found: Audit) -> bool:
+        """Return whether no graph of this structure has been looked at."""
+        return found.structure not in self._silent
+
+    def known(self, found: Audit, losses: Tensor) -> list[Any]:
         """Give their rows to the calls where they are known; return the other calls.
 
         A call that no gradient has reached so far keeps ``rows = None`` and is not returned.
 
         Args:
             found: the calls.
-            num_samples: B.
+            losses: ``[B]``.
 
         Returns:
             The calls to look at.
         """
-        if len(self._known) > _STRUCTURES:
+        if len(self._silent) > _STRUCTURES:
             self._known.clear()
             self._silent.clear()
+            self._steps.clear()
         self._num_batches += 1
+        num_samples = len(losses)
         silent = self._silent.setdefault(found.structure, set())
+        steps = self._steps_of(found, losses)
         missing = []
         for place, node in enumerate(found.calls):
             node.place, node.rows = (found.structure, place), None
-            layout = self._trusted(node, found, num_samples)
+            layout = self._trusted(node, found, num_samples, steps[place])
             if layout is not None:
                 node.rows = Rows(node.lead, num_samples, layout)
             elif node in found.moved or place not in silent or self._known_layout(node):
@@ -104,20 +117,36 @@ class RowFinder:
         look_again = num_samples > 1 and self._num_batches in _LOOKED_AT_AGAIN
         return found.calls if look_again else missing
 
+    def _steps_of(self, found: Audit, losses: Tensor) -> list[int | None]:
+        """Return where the samples lie in each call's result, where the graph says so."""
+        num_samples = len(losses)
+        if num_samples == 1:
+            return [None] * len(found.calls)
+        sizes = tuple([node.lead for node in found.calls])
+        sizes += (*[node._saved_self_sym_sizes for node in found.views], *found.cuts)
+        steps = self._steps.get((found.structure, num_samples, sizes))
+        if steps is None:
+            of = sample_steps(losses.grad_fn, losses.output_nr, num_samples, found.consumers)
+            steps = [of.get((node, 0)) for node in found.calls]
+            self._steps[found.structure, num_samples, sizes] = steps
+        return steps
+
     def _known_layout(self, node: Any) -> Layout | None:
         structure, place = node.place
         known = self._known.get(structure, {}).get(place, set())
         return next(iter(known)) if len(known) == 1 else None
 
-    def _trusted(self, node: Any, found: Audit, num_samples: int) -> Layout | None:
-        """Return the layout seen before if nothing but the sizes can say otherwise."""
+    def _trusted(
+        self, node: Any, found: Audit, num_samples: int, step: int | None
+    ) -> Layout | None:
+        """Return the layout seen before if the graph says that it is the same."""
         if num_samples == 1:
             return Layout("one")
         layout = self._known_layout(node)
-        if layout is None or node in found.moved or layout not in layouts(node.lead, num_samples):
+        if layout is None or node in found.moved or node in found.unproven:
             return None
-        certain = layout.kind == "dim" or stays_in_order(node, layout, num_samples, found.consumers)
-        return layout if certain else None
+        fits = layout in layouts(node.lead, num_samples)
+        return layout if fits and step == layout.step(node, num_samples) else None
 
     def find(
         self, nodes: list[Any], found: Audit, num_samples: int, losses: Tensor, backward: Backward
@@ -136,47 +165,36 @@ class RowFinder:
         """
         device = losses.device
         number = torch.arange(num_samples, device=device)
-        own = int(losses.detach().argmax())  # a sample without labels has no gradient to look at
+        own = losses.detach().argmax()  # a sample without labels has no gradient to look at
         generator = torch.Generator().manual_seed(num_samples)
         # Below 1, so that fp16 holds what it holds in an ordinary backward.
         scale = (0.5 + torch.rand(num_samples, generator=generator) / 2).to(device, losses.dtype)
-        others = self._signatures(backward, torch.where(number == own, 0, scale))
-        digits, base = [], 1
+        seen = [self._signatures(backward, torch.where(number == own, 0, scale))]
+        base = 1
         while base < num_samples:
-            tags = torch.pow(2.0, (number // base) % _BASE - _BASE // 2)
-            tags[own] = 2.0**_OWN
-            digits.append(self._signatures(backward, scale * tags.to(losses.dtype)))
-            base *= _BASE
-        samples = {
-            node: _by_powers(others[node], [digit[node] for digit in digits], own, num_samples)
-            for node in nodes
-            if node in others
-        }
-        unclear = [node for node, of in samples.items() if (of == SEVERAL).any()]
+            tags = torch.pow(2.0, (number // base) % BASE - BASE // 2).to(losses.dtype)
+            tags = torch.where(number == own, 2.0**OWN, tags)
+            seen.append(self._signatures(backward, scale * tags))
+            base *= BASE
+        verdicts = judge(nodes, seen, num_samples, functools.partial(by_powers, own, num_samples))
+        unclear = [node for node, verdict in verdicts.items() if verdict.several]
         if unclear:
             halves = []
             for bit in range((num_samples - 1).bit_length()):
                 chosen = (number >> bit) & 1 == 1
-                halves.append(
-                    [self._signatures(backward, scale * half) for half in (~chosen, chosen)]
-                )
-            for node in unclear:
-                samples[node] = _by_halves([(low[node], high[node]) for low, high in halves])
-        several, reached = [], []
-        for node, of in samples.items():
-            _check_trusted(node, of, num_samples)
+                halves += [self._signatures(backward, scale * half) for half in (~chosen, chosen)]
+            verdicts.update(judge(unclear, halves, num_samples, by_halves))
+        again = found.moved | found.unproven
+        for node, verdict in verdicts.items():
+            _check_trusted(node, verdict, num_samples)
             structure, place = node.place
             silent = self._silent.setdefault(structure, set())
-            if (of != NO_GRADIENT).any():
-                reached.append(node)
-                silent.discard(place)
-            else:
-                silent.add(place)
-            if (of == SEVERAL).any():
-                several.append(node)
-            else:
-                self._learn(node, of, num_samples, again=node in found.moved)
+            (silent.discard if verdict.reached else silent.add)(place)
+            if not verdict.several:
+                self._learn(node, verdict, num_samples, again=node in again)
         self._directions.clear()
+        several = [node for node, verdict in verdicts.items() if verdict.several]
+        reached = [node for node, verdict in verdicts.items() if verdict.reached]
         if not reached:  # a batch without labels, say, which tells nothing of the next one
             self._silent.clear()
         return several, reached
@@ -187,34 +205,30 @@ class RowFinder:
         observed, self._observed = self._observed, {}
         return observed
 
-    def _learn(self, node: Any, samples: Tensor, num_samples: int, again: bool) -> None:
+    def _learn(self, node: Any, verdict: Verdict, num_samples: int, again: bool) -> None:
         """Give the node its rows; remember the layout where only one fits, if not ``again``."""
-        seen = samples >= 0
-        if not bool(seen.any()):
+        if not verdict.reached:
             return
-        fitting = [
-            layout
-            for layout in layouts(node.lead, num_samples)
-            if torch.equal(
-                layout.samples(node.lead, num_samples, samples.device)[seen], samples[seen]
-            )
-        ]
-        if not fitting:
-            node.rows = Rows(node.lead, num_samples, samples=samples)
+        if not verdict.fitting:
+            node.rows = Rows(node.lead, num_samples, samples=verdict.samples)
             return
-        node.rows = Rows(node.lead, num_samples, fitting[0])
-        told_apart = len(fitting) == 1 and len(samples[seen].unique()) > 1
-        if told_apart and not again:
+        node.rows = Rows(node.lead, num_samples, verdict.fitting[0])
+        if len(verdict.fitting) == 1 and verdict.told_apart and not again:
             structure, place = node.place
-            self._known.setdefault(structure, {}).setdefault(place, set()).add(fitting[0])
+            self._known.setdefault(structure, {}).setdefault(place, set()).add(verdict.fitting[0])
 
 
-def _check_trusted(node: Any, samples: Tensor, num_samples: int) -> None:
+def _check_trusted(node: Any, verdict: Verdict, num_samples: int) -> None:
     """Raise if the rows that a call has been given are not those that its gradients say."""
-    if node.rows is None or num_samples == 1:
+    if node.rows is None or num_samples == 1 or not verdict.reached:
         return
-    seen = samples != NO_GRADIENT
-    if not torch.equal(node.rows.samples(samples.device)[seen], samples[seen]):
+    if node.rows.layout is not None:
+        agree = node.rows.layout in verdict.fitting and not verdict.several
+    else:
+        seen = verdict.samples != NO_GRADIENT
+        given = node.rows.samples(verdict.samples.device)
+        agree = torch.equal(given[seen], verdict.samples[seen])
+    if not agree:
         names = [operand.names[0] for operand in node.operands if operand is not None]
         raise ValueError(
             "a model's rows must belong to the same samples in batches whose graphs are the same; "
@@ -222,39 +236,3 @@ def _check_trusted(node: Any, samples: Tensor, num_samples: int) -> None:
             "cannot be told apart; nothing of this call was kept; give batches one by one and add "
             "the results"
         )
-
-
-def _by_powers(others: Tensor, digits: list[Tensor], own: int, num_samples: int) -> Tensor:
-    """Return the sample of each row, `NO_GRADIENT` or `SEVERAL`."""
-    samples = torch.zeros(len(others), dtype=torch.int64, device=others.device)
-    base = 1
-    exact = torch.ones_like(samples, dtype=torch.bool)
-    for tagged in digits:
-        exponent = torch.log2(tagged / others).round()
-        digit = exponent + _BASE // 2
-        exact &= (tagged == others * torch.pow(2.0, exponent)) & (digit >= 0) & (digit < _BASE)
-        samples += base * digit.nan_to_num(0, 0, 0).long()
-        base *= _BASE
-    silent = others == 0
-    samples[~exact | (samples >= num_samples)] = SEVERAL
-    samples[silent] = torch.where(digits[0][silent] != 0, own, NO_GRADIENT)
-    # Powers of two are too large for fp16, say; halves tell.
-    for observed in (others, *digits):
-        samples[~observed.isfinite()] = SEVERAL
-    return samples
-
-
-def _by_halves(halves: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the same from backwards of half of the losses and of the other half, bit by bit."""
-    samples = torch.zeros(len(halves[0][0]), dtype=torch.int64, device=halves[0][0].device)
-    several, reached, silent = (torch.zeros_like(samples, dtype=torch.bool) for _ in range(3))
-    for bit, (low, high) in enumerate(halves):
-        # What is not finite is refused later, by the name of the scores that it ends in.
-        in_low, in_high = (of.nan_to_num(0, 0, 0) != 0 for of in (low, high))
-        samples += in_high.long() << bit
-        several |= in_low & in_high
-        reached |= in_low | in_high
-        silent |= ~(in_low | in_high)
-    samples[~reached] = NO_GRADIENT
-    samples[several | (reached & silent)] = SEVERAL
-    return samples

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fishfast.fisher.engine.accumulator import Accumulator
-from fishfast.fisher.engine.audit import Audit, Group
+from fishfast.fisher.engine.audit import Audit
 from fishfast.fisher.engine.operands import Operand, Tracker
+from fishfast.fisher.engine.plan import Group
 from fishfast.fisher.engine.rules import EmbeddingRule
+from fishfast.fisher.engine.staged_scores import StagedScores
 from fishfast.fisher.engine.together import add_tied_head, add_together
 from fishfast.fisher.engine.uses import LinearUse, Use
 
@@ -39,6 +41,9 @@ class Recorder:
         self.found = found
         self.unresolved: list[Any] = []
         self.only: set[int] | None = None
+        self._places = {node: place for place, node in enumerate(found.calls)}
+        self._direct = found.plan.scores
+        self._staged = scores if isinstance(scores, StagedScores) else None
         self._waiting: dict[int, list[tuple[Operand, Use]]] = {}
         self._skipped: set[int] = set()
 
@@ -46,20 +51,31 @@ class Recorder:
         """Record one call."""
         if grad.numel() == 0:  # an expert without tokens
             return
-        groups = self.found.groups.get(node)
-        if groups is None:
+        place = self._places.get(node)
+        if place is None:
             names = [operand.names[0] for operand in node.operands if operand is not None]
             raise ValueError(
                 f"the layer of {names[0]!r} runs again inside the backward of a custom autograd "
                 "function, where its gradients cannot be told apart; use torch.utils.checkpoint"
             )
+        scores = self._direct[place]
+        if self._staged is not None:
+            self._staged.trim()
+            scores = scores and tuple([part and part.of(self.scores[part.name]) for part in scores])
+        if scores is not None and node.rows is not None and self.only is None:  # nearly always
+            node.rule.add_to(scores, x, grad, node.rows, self.add)
+            return
+        groups = self.found.plan.groups[place]
+        wanted = [
+            group is not None and (self.only is None or id(group) in self.only) for group in groups
+        ]
         if node.rows is None:
-            if bool(grad.any()):
+            if any(wanted) and bool(grad.any()):
                 self.unresolved.append(node)
-                self._skipped.update(id(group) for group in groups)
+                self.leave_out(node)
             return
         for i, group in enumerate(groups):
-            if group is None or (self.only is not None and id(group) not in self.only):
+            if group is None or not wanted[i]:
                 continue
             operand, use = node.operands[i], node.rule.use(i, x, grad, node.rows)
             if len(group) == 1:
@@ -73,10 +89,17 @@ class Recorder:
             if len(waiting) == len(group) and id(group) not in self._skipped:
                 self._add(self._waiting.pop(id(group)))
 
+    def leave_out(self, node: Any) -> None:
+        """Add nothing of a call, and of the uses that are summed with its own."""
+        self._skipped.update(map(id, self.found.plan.groups[self._places[node]]))
+
     def _tokens_of_tied(self, node: Any, group: Group) -> tuple[Tensor, Tensor] | None:
         """Return tokens and samples if all other uses of a head's weight are embeddings."""
+        if any(self.found.calls[place] in self.found.unproven for place, _ in group):
+            return None  # it may be left out, when the head's part is in the scores
         looked_up = []
-        for other, j in group:
+        for place, j in group:
+            other = self.found.calls[place]
             if other is node:
                 continue
             whole = (

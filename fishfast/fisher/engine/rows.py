@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Rows", "layouts"]
+__all__ = ["Layout", "Rows", "bounds_of_blocks", "layouts"]
 
 NO_GRADIENT, SEVERAL = -1, -2
 
@@ -46,6 +46,13 @@ class Layout(NamedTuple):
             num_samples, device=device
         ).unsqueeze(1)
         return of
+
+    def step(self, call: Any, num_samples: int) -> int:
+        """Return how far apart samples are in a call's result, counted in elements."""
+        shape = call._input_metadata[0].shape
+        if self.kind == "dim":
+            return prod(shape[self.dim + 1 :])
+        return prod(shape) // num_samples if self.kind == "blocks" else prod(shape[1:])
 
 
 def layouts(lead: tuple[int, ...], num_samples: int) -> list[Layout]:
@@ -99,6 +106,14 @@ class Rows:
             return None
         return self.layout.by_sample(tensor, self.lead, self.num_samples)
 
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """Return ``[*lead, rest]`` as ``[B, T, rest]``; only where there is a layout."""
+        layout, lead = self.layout, self.lead
+        assert layout is not None
+        if len(lead) == 2 and layout.dim == 0 and layout.kind == "dim":  # nearly always
+            return tensor
+        return layout.by_sample(tensor, lead, self.num_samples)
+
     def packed(self, *tensors: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return tensors as ``[N, rest]`` with the rows of a sample side by side.
 
@@ -115,11 +130,7 @@ class Rows:
             flat = [t.reshape(-1, t.shape[-1]).index_select(0, order) for t in tensors]
             return flat, ends - lengths, ends
         blocks = [self.layout.by_sample(t, self.lead, self.num_samples) for t in tensors]
-        length, device = blocks[0].shape[1], blocks[0].device
-        starts, ends = _bounds(self.num_samples, length, device)
-        # Where asking costs nothing, first whether there is any padding at all (or any row).
-        if length > 1 and (device.type != "cpu" or not bool(blocks[0][:, -1].any(-1).all())):
-            ends = starts + (_places(length, device) * (blocks[0] != 0).any(-1)).amax(1)
+        starts, ends = bounds_of_blocks(blocks[0])
         return [t.reshape(-1, t.shape[-1]) for t in blocks], starts, ends
 
     def split(self, tensor: Tensor) -> Iterator[Tensor]:
@@ -143,6 +154,20 @@ class Rows:
         # segment_reduce adds the rows of a segment in order on every device: no float atomics.
         summed = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, initial=0)
         return summed.view(-1, *rest)
+
+
+def bounds_of_blocks(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first row of each sample and the one after its last that is not zero, ``[B]``.
+
+    Args:
+        grad: ``[B, T, rest]``, whose rows are counted sample by sample.
+    """
+    num_samples, length, device = len(grad), grad.shape[1], grad.device
+    starts, ends = _bounds(num_samples, length, device)
+    # Where asking costs nothing, first whether there is any padding at all (or any row).
+    if length > 1 and (device.type != "cpu" or not bool(grad[:, -1].any(-1).all())):
+        ends = starts + (_places(length, device) * (grad != 0).any(-1)).amax(1)
+    return starts, ends
 
 
 @functools.lru_cache(maxsize=64)

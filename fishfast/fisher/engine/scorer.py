@@ -3,50 +3,55 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fishfast.fisher.checks import is_empty, refuse_mean
 from fishfast.fisher.engine.accumulator import Accumulator
-from fishfast.fisher.engine.audit import Audit, audit
-from fishfast.fisher.engine.eager import checkpoints_not_reentrant, not_compiled
-from fishfast.fisher.engine.gradients import gradients
+from fishfast.fisher.engine.alone import SampleRecorder
+from fishfast.fisher.engine.audit import Audit
+from fishfast.fisher.engine.backwards import HIDDEN, Backwards, Repeated
+from fishfast.fisher.engine.coupling import COUPLED, SamplesReached, names_of, refuse_coupled
+from fishfast.fisher.engine.eager import checkpoints_run_again, not_compiled
+from fishfast.fisher.engine.forwards import Forwards
 from fishfast.fisher.engine.interception import (
     EAGER,
+    LATER,
     LAZY,
-    NEVER,
     Interception,
     SecondDerivativeError,
 )
+from fishfast.fisher.engine.operands import is_opaque
+from fishfast.fisher.engine.passes import Costs
+from fishfast.fisher.engine.plan import Group, Plans
 from fishfast.fisher.engine.probe import RowFinder
 from fishfast.fisher.engine.recorder import Recorder
-from fishfast.fisher.engine.rows import Layout, Rows, layouts
-from fishfast.fisher.engine.rules import BroadcastRule
+from fishfast.fisher.engine.rules import BroadcastRule, ScaleRule
+from fishfast.fisher.engine.score_memory import Scores
+from fishfast.fisher.engine.staged_scores import StagedScores
+from fishfast.fisher.engine.witness import Witness
+from fishfast.fisher.foreign import local
 from fishfast.fisher.objective import Losses, Objective
 from fishfast.fisher.result import Fisher
-from fishfast.fisher.score_files import WORK
-from fishfast.fisher.untouched import Buffers
 
 __all__ = ["NotFinite", "Scorer"]
 
 UNUSED, BATCHED = "not used", "batched"
+NOT_REACHED = "not reached by losses that reach other tensors"
 EXPANDED, SORTED = "batched, where it meets the data", "batched, rows sorted by sample"
 ALONE = "one sample at a time"
-_ROADS = (UNUSED, BATCHED, EXPANDED, SORTED)  # a parameter's road is the last of those it takes
+# A parameter's road is the last of those it takes.
+_ROADS = (UNUSED, NOT_REACHED, BATCHED, EXPANDED, SORTED)
 
 # Added to a road: weight norm, a recurrent layer over the data itself, a table that is looked up.
 THROUGH = "; sample by sample through what is computed from it"
 
-_COUPLED = (
-    "loss_fn must return losses that depend on one sample each; the gradient of one loss reaches "
-    "other samples in every batched layer, {0!r} for one (a batch mean, or a loss between "
-    "samples); use reduction='none'"
-)
+_MIXED = "the gradient of one loss reaches several rows of its call"
+_NOT_BY_SAMPLE = "a hook or a custom autograd function works on the whole batch's gradient"
 
 
 class NotFinite(Exception):
@@ -64,14 +69,13 @@ class Scorer:
         model: what is scored.
         objective: what is differentiated.
         parameters: the parameters to score, by name.
-        scores: fp32 accumulators by the same names and of the same strides, added to in place.
+        scores: fp32 accumulators by the same names, added to in place.
         add: f, and what runs the sums.
 
     Attributes:
         fallback: name -> reason, for parameters that are scored one sample at a time.
         roads: name -> how its gradients are caught.
-        passes: how many forward and backward passes each phase took.
-        seconds: how long each phase took, by the wall clock.
+        costs: passes, and the seconds that they took.
     """
 
     def __init__(
@@ -79,25 +83,34 @@ class Scorer:
         model: nn.Module,
         objective: Objective,
         parameters: Mapping[str, nn.Parameter],
-        scores: Mapping[str, Tensor],
+        scores: Scores | StagedScores,
         add: Accumulator,
     ) -> None:
         self.model, self.objective = model, objective
         self.parameters, self.scores, self.add = parameters, scores, add
         self.interception = Interception(parameters)
+        self.costs = Costs()
+        self.forwards = Forwards(model, objective, self.interception, Plans(scores), self.costs)
+        self.backwards = Backwards(self.interception, self.costs)
         self.rows = RowFinder()
-        self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
-        self.fallback: dict[str, str] = {}
+        self._noted: Any = None  # what the roads follow from
+        self._grads = {name: (p.grad, _version(p.grad)) for name, p in parameters.items()}
+        self._one_loss_each = False  # known from a batch with several
+        self._all_mixed = False  # in every call that a gradient reached
+        self.fallback = self.forwards.fallback
         self.roads: dict[str, str] = dict.fromkeys(parameters, UNUSED)
-        self.passes = dict.fromkeys(WORK, 0)
-        self.seconds = dict.fromkeys(WORK, 0.0)
+        self.forwards.leave_to_autograd({
+            name: f"a {type(p).__name__}, which has no rule"
+            for name, p in parameters.items() if is_opaque(p)
+        })  # fmt: skip
 
     def go_on(self, before: Fisher) -> None:
         """Take over the roads and the cost of the part of a run that was scored before."""
-        self._leave_to_autograd(before.fallback)
+        self.forwards.leave_to_autograd(before.fallback)
+        self.forwards.reached = True
         self.roads.update(before.roads)
-        self.passes.update(before.passes)
-        self.seconds.update(before.seconds)
+        self.costs.passes.update(before.passes)
+        self.costs.seconds.update(before.seconds)
 
     def add_batch(self, batch: Any, limit: int | None) -> tuple[int, int]:
         """Score at most ``limit`` samples of a batch.
@@ -108,25 +121,33 @@ class Scorer:
         Raises:
             NotFinite: the scores are not, and cannot be used any more.
         """
-        device = next(iter(self.parameters.values())).device.type
+        if is_empty(batch):
+            return 0, 0
+        probes = self.costs.passes["probe"]
         with self.scoring():
-            self._buffers = None
-            losses, found = self.forward(batch)
-            with torch.autocast(device, enabled=False):
-                while several := self._find_rows(losses.probe, found):
-                    self._catch_later(several)
-                    losses, found = self.forward(batch)
-                size = len(losses.probe)
-                counted = size if limit is None else min(limit, size)
+            losses, found = self.forwards.first(batch)
+            if len(losses.probe) == 0:
+                return 0, 0
+            if losses.mean_of is not None and not self._one_loss_each:
+                losses, found = self._refuse_mean(losses, losses.mean_of, batch)
+            self._one_loss_each |= len(losses.probe) > 1
+            losses, found, repeated = self._settled(losses, found, batch)
+            size = len(losses.probe)
+            counted = size if limit is None else min(limit, size)
+            with self._no_autocast():
                 rows = losses.rows()
                 row = next(rows, None)
                 while row is not None:
                     following = next(rows, None)
-                    self._add_intercepted(row, counted, found, last=following is None)
-                    self._add_fallback(row, counted)
+                    self._add_row(row, counted, found, last=following is None)
                     row = following
-                if not self._is_finite():
+                if repeated is not None:
+                    repeated.check()
+                if not self.scores.settle():
                     raise NotFinite(batch)
+        if probes := self.costs.passes["probe"] - probes:
+            small_calls = self.interception.small_calls
+            self.forwards.leave_to_autograd(small_calls.after_search(size, probes))
         self._note_roads(found)
         return counted, size
 
@@ -138,174 +159,201 @@ class Scorer:
         """
         with (
             not_compiled(),
-            checkpoints_not_reentrant(),
+            checkpoints_run_again(),
             torch.enable_grad(),
             torch.autograd.set_multithreading_enabled(False),
+            self.forwards.random_state,
             self.interception,
         ):
-            yield
+            try:
+                yield
+            finally:
+                self.interception.begin()  # what hooks hold is the graph
 
-    @contextlib.contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
+    def _no_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        device = next(iter(self.parameters.values())).device.type
+        return torch.autocast(device, enabled=False)
 
-    def forward(self, batch: Any) -> tuple[Losses, Audit]:
-        """Run the forward until every parameter that calls do not cover is left to autograd."""
-        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        versions = [tensor._version for tensor in tensors]
+    def _settled(
+        self, losses: Losses, found: Audit, batch: Any
+    ) -> tuple[Losses, Audit, Repeated | None]:
+        """Give calls their rows; run the forward again while some are caught better later on."""
         while True:
-            if self._buffers is None:
-                self._buffers = Buffers(self.model)
-            else:  # a model that counts in its buffers counts this batch once
-                self._buffers.put_back()
-            self.passes["forward"] += 1
-            self.interception.most_rows = 1
-            with self._timed("forward"):
-                try:
-                    # Containers of its own: loss_fn may take entries out, and may run again.
-                    losses = self.objective(self.model, tree_map(_own_container, batch))
-                except SecondDerivativeError:
-                    reason = "loss_fn takes gradients itself"
-                    self._leave_to_autograd(
-                        {name: reason for name in self.parameters if name not in self.fallback}
-                    )
-                    continue
-                found = audit(losses.probe, self.interception.tracker)
-            if versions != [tensor._version for tensor in tensors]:
-                raise ValueError(
-                    "loss_fn must leave the batch's tensors as they are, because a forward may run "
-                    "again; it changed one in place; work on a copy"
-                )
-            stale = [name for name in _names(found.calls) if name in self.fallback]
-            if stale:
-                raise ValueError(
-                    "a model must not use tensors of an earlier forward, such as cached features; "
-                    f"it does, behind {stale[0]!r}; clear them before scoring"
-                )
-            foreign = {
-                name: f"used by {call}, which has no rule for it"
-                for name, call in found.foreign.items()
-                if name not in self.fallback
-            }
-            if not foreign:
-                return losses, found
-            self._leave_to_autograd(foreign)
+            try:
+                with self._no_autocast():
+                    repeated = None
+                    if found.python and self.rows.is_new(found):
+                        inputs = [self.parameters[name] for name in self.fallback]
+                        repeated = Repeated(self.backwards, losses.probe, inputs)
+                    several = self._find_rows(losses.probe, found)
+                if several and self._all_mixed:
+                    self._refuse_coupled(several, losses, found, batch)
+                if not self._catch_later(several, found):
+                    return losses, found, repeated
+                why = "a parameter is used before it meets the data"
+            except SecondDerivativeError:
+                self.forwards.leave_all_to_autograd()
+                why = "a hook takes gradients itself"
+            losses, found = self.forwards.again(batch, losses, why)
 
-    def _leave_to_autograd(self, reasons: Mapping[str, str]) -> None:
-        self.fallback.update(reasons)
-        self.interception.levels.update(dict.fromkeys(reasons, NEVER))
+    def _catch_later(self, nodes: list[Any], found: Audit) -> bool:
+        """Catch the operands of calls with mixed rows further on, or not at all.
 
-    def _catch_later(self, nodes: list[Any]) -> None:
-        """Catch the operands of calls with mixed rows further on, or not at all."""
-        for name in _names(nodes):
-            if self.interception.levels[name] == EAGER:
-                self.interception.levels[name] = LAZY
-            else:
-                reason = "the gradient of one loss reaches several rows of its call"
-                self._leave_to_autograd({name: reason})
+        Returns:
+            Whether another forward can catch some of them where they meet the data.
+        """
+        by_python = [node for node in nodes if node in found.unproven]
+        self.forwards.leave_to_autograd(dict.fromkeys(names_of(by_python), _NOT_BY_SAMPLE))
+        levels, nodes = self.interception.levels, [n for n in nodes if n not in found.unproven]
+        sees_data = set(names_of([node for node in nodes if node.rule.sees_data]))
+        early = [n for n in names_of(nodes) if levels[n] == EAGER and n not in sees_data]
+        # What seems to be data to other calls may be computed from these.
+        if early:
+            levels.update(dict.fromkeys(early, LATER))
+            return True
+        waiting = names_of([node for node in nodes if not node.rule.meets_data])
+        if any(levels[name] < LAZY for name in waiting):
+            levels.update({n: LAZY for n in names_of(nodes) if levels[n] < LAZY})
+            return True
+        self.forwards.leave_to_autograd(dict.fromkeys(names_of(nodes), _MIXED))
+        return False
 
     def _find_rows(self, losses: Tensor, found: Audit) -> list[Any]:
         """Give every call its rows; return those where samples mix."""
-        unknown = self.rows.known(found, len(losses))
+        unknown = self.rows.known(found, losses)
         return self._probe(unknown, losses, found) if unknown else []
 
     def _probe(self, nodes: list[Any], losses: Tensor, found: Audit) -> list[Any]:
         def backward(weights: Tensor) -> None:
-            self.passes["probe"] += 1
-            self.backward((losses * weights).sum(), self.rows.observe)
+            self.costs.passes["probe"] += 1
+            self.backwards.run((losses * weights).sum(), self.rows.observe)
 
-        with self._timed("probe"):
+        with self.costs.of("probe"):
             several, reached = self.rows.find(nodes, found, len(losses), losses, backward)
-        # Only a call that could have the samples in its rows says something about the losses.
-        telling = [
-            node for node in several
-            if not isinstance(node.rule, BroadcastRule) and layouts(node.lead, len(losses))
-        ]  # fmt: skip
-        if telling and len(several) == len(reached):
-            raise ValueError(_COUPLED.format(_names(telling)[0]))
+        told_apart = any(node.rows is not None for node in found.calls if node not in several)
+        self._all_mixed = len(several) == len(reached) and not told_apart
         return several
 
-    def _add_intercepted(self, losses: Tensor, counted: int, found: Audit, last: bool) -> None:
-        if not found.calls:
-            return
+    def _refuse_coupled(self, several: list[Any], losses: Losses, found: Audit, batch: Any) -> None:
+        def with_origins() -> Audit:
+            return self.forwards.again(batch, losses, "samples mix in every layer", True)[1]
+
+        refuse_coupled([n for n in several if n not in found.unproven], found, with_origins)
+
+    def _refuse_mean(self, losses: Losses, size: int, batch: Any) -> tuple[Losses, Audit]:
+        """Refuse one loss for several samples; one that has given several does not take means."""
+        losses, found = self.forwards.again(batch, losses, "one loss for several samples", True)
+        reached = SamplesReached(size)
+        with self.costs.of("probe", passes=1):
+            self.backwards.run(losses.probe.sum(), reached.observe)
+        if reached.most > 1:
+            refuse_mean(size)
+        return losses, found
+
+    def _add_row(self, losses: Tensor, counted: int, found: Audit, last: bool) -> None:
+        """Score a vector of losses: batched calls, then what is left, one sample at a time."""
+        apart = self._apart(found) if self.fallback else set()
+        left_out = self._add_batched(losses, counted, found, apart, last)
+        self._add_alone(losses[:counted], found, apart | left_out)
+
+    def _apart(self, found: Audit) -> set[int]:
+        """Return the groups of uses that have a parameter of the fallback, by identity."""
+        return {
+            id(group)
+            for groups in found.plan.groups
+            for group in groups
+            if group is not None and not self.fallback.keys().isdisjoint(_names_of(group, found))
+        }
+
+    def _add_batched(
+        self, losses: Tensor, counted: int, found: Audit, apart: set[int], last: bool
+    ) -> set[int]:
+        """Score the calls in one backward, but for some groups of uses; return others left out."""
         recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
+        if apart:
+            every = (group for groups in found.plan.groups for group in groups)
+            recorder.only = {id(group) for group in every if group is not None} - apart
+        if not found.calls or recorder.only == set():
+            return set()
         total = losses[:counted].sum()
         # The graph's memory goes back to the model's own backward, unless it is needed again.
-        keep_graph = not last or bool(self.fallback) or any(n.rows is None for n in found.calls)
+        keep_graph = (
+            not last or bool(self.fallback) or bool(found.python)
+            or any(n.rows is None for n in found.calls)
+        )  # fmt: skip
+        observe = recorder.observe
+        if found.unproven and counted > 1:
+            observe = self._checked(recorder, losses, counted, found)
         while True:
-            self.passes["backward"] += 1
-            with self._timed("backward"):
-                self.backward(total, recorder.observe, keep_graph)
+            with self.costs.of("backward", passes=1):
+                self.backwards.run(total, observe, keep_graph)
                 left_out = recorder.finish()
             if not recorder.unresolved:
-                return
+                return left_out
             # A call that no gradient had reached before, and whose rows are not known yet.
             if mixed := self._probe(recorder.unresolved, losses, found):
-                raise ValueError(_COUPLED.format(_names(mixed)[0]))
+                raise ValueError(COUPLED.format(names_of(mixed)[0]))
             if any(node.rows is None for node in recorder.unresolved):
-                self._add_alone(losses[:counted], left_out, found)
-                return
+                return left_out
             recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
-            recorder.only = left_out
+            recorder.only, observe = left_out, recorder.observe
 
-    def _add_alone(self, losses: Tensor, left_out: set[int], found: Audit) -> None:
-        """Record groups of uses one sample at a time: gradients too small, or not finite, for rows.
+    def _checked(self, recorder: Recorder, losses: Tensor, counted: int, found: Audit) -> Any:
+        """Record calls behind Python only if each sample's gradient is its own."""
+        witness = Witness(self.rows.signature, found.unproven, len(losses), counted)
+        with self.costs.of("probe", passes=1):
+            weights = witness.weights.to(losses.device, losses.dtype)
+            self.backwards.run((losses * weights).sum(), witness.observe)
 
-        A gradient that is rounding alone is 0 in one backward and not in another.
+        def observe(node: Any, x: Tensor | None, grad: Tensor) -> None:
+            if witness.agrees(node, grad):
+                recorder.observe(node, x, grad)
+            else:
+                recorder.leave_out(node)
+                names = dict.fromkeys(names_of([node]), _NOT_BY_SAMPLE)
+                self.forwards.leave_to_autograd(names)
+
+        return observe
+
+    def _add_alone(self, losses: Tensor, found: Audit, groups: set[int]) -> None:
+        """One backward per sample, for parameters that no rule covers and some groups of uses.
+
+        Among these are gradients that are too small, or not finite, for rows: one that is rounding
+        alone is 0 in one backward and not in another.
         """
-        for node in found.calls:
-            if any(id(group) in left_out for group in found.groups[node]):
-                node.rows = Rows(node.lead, 1, Layout("one"))
-        with self._timed("backward"):
-            for loss in losses:
-                self.passes["backward"] += 1
-                recorder = Recorder(self.interception.tracker, self.scores, self.add, found)
-                recorder.only = left_out
-                self.backward(loss, recorder.observe)
-                recorder.finish()
-
-    def backward(
-        self, loss: Tensor, observe: Callable[[Any, Any, Tensor], None], keep_graph: bool = True
-    ) -> None:
-        """Run the backward of all intercepted calls; their weights' gradients are not computed."""
-        self.interception.observe = observe
-        try:
-            gradients(loss, [self.interception.anchor], keep_graph=keep_graph)
-        finally:
-            self.interception.observe = None
-
-    def _add_fallback(self, losses: Tensor, counted: int) -> None:
-        """One backward per sample, for the parameters that no rule covers."""
         names = list(self.fallback)
-        if not names:
+        if not names and not groups:
             return
         inputs = [self.parameters[name] for name in names]
-        with self._timed("fallback"):
-            for loss in losses[:counted]:
-                self.passes["fallback"] += 1
-                for name, grad in zip(names, gradients(loss, inputs), strict=True):
+        phase = "fallback" if names else "backward"
+        with self.costs.of(phase, passes=len(losses)):
+            for loss in losses:
+                recorder = SampleRecorder(self.interception.tracker, found, groups)
+                grads = self.backwards.run(
+                    loss, recorder.observe if groups else None, inputs=inputs
+                )
+                for name, grad in zip(names, grads, strict=True):
                     if grad is not None:
-                        self.scores[name] += self.add.f(grad.float())
-
-    def _is_finite(self) -> bool:
-        """Whether the scores are; a gradient that is not ends in them. Waits for the device."""
-        sums: dict[torch.device, list[Tensor]] = {}
-        for score in self.scores.values():
-            sums.setdefault(score.device, []).append(score.sum())
-        if all(bool(torch.stack(parts).isfinite().all()) for parts in sums.values()):
-            return True
-        return all(bool(score.isfinite().all()) for score in self.scores.values())
+                        recorder.add(name, local(grad, like=self.parameters[name]))
+                for name, grad in recorder.total.items():
+                    score = self.scores[name]
+                    score += self.add.f(grad)
+                    self.scores.trim()
 
     def _note_roads(self, found: Audit) -> None:
+        in_order = [node.rows is None or node.rows.layout is not None for node in found.calls]
+        pulled_back = self.interception.tracker.pulled_back
+        facts = found.plan, in_order, len(self.fallback), len(pulled_back)
+        if facts == self._noted:
+            return
+        self._noted = facts
         for node in found.calls:
             for operand in node.operands:
                 if operand is None:
                     continue
                 if node.rows is not None and node.rows.layout is None:
                     road = SORTED
-                elif operand.region is None or isinstance(node.rule, BroadcastRule):
+                elif operand.region is None or isinstance(node.rule, (BroadcastRule, ScaleRule)):
                     road = EXPANDED
                 else:
                     road = BATCHED
@@ -313,18 +361,39 @@ class Scorer:
                     if name not in self.fallback:
                         before = self.roads[name].removesuffix(THROUGH)
                         self.roads[name] = max(before, road, key=_ROADS.index)
-        for name in self.interception.tracker.pulled_back - self.fallback.keys():
+        for name in pulled_back - self.fallback.keys():
             self.roads[name] = self.roads[name].removesuffix(THROUGH) + THROUGH
         for name, reason in self.fallback.items():
             self.roads[name] = f"{ALONE}: {reason}"
 
+    def finish(self) -> None:
+        """Refuse gradients that went past the scores; say which parameters no loss has reached.
 
-def _own_container(value: Any) -> Any:
-    """Copy a mapping that is no dict, such as transformers' BatchEncoding; others are rebuilt."""
-    return copy.copy(value) if isinstance(value, MutableMapping) else value
+        Raises:
+            ValueError: a parameter's own ``grad`` has changed.
+        """
+        for name, (grad, version) in self._grads.items():
+            if self.parameters[name].grad is not grad or _version(grad) != version:
+                self.parameters[name].grad = grad
+                raise ValueError(HIDDEN.format(f"that of {name!r}"))
+        unused = [name for name, road in self.roads.items() if road == UNUSED]
+        own = {tuple(self.parameters[name].shape) for name in unused}
+        others = [shape for of_a_model, shape in self.forwards.others if of_a_model or shape in own]
+        if not unused or not others:
+            return
+        self.roads.update(dict.fromkeys(unused, NOT_REACHED))
+        warnings.warn(
+            f"no loss reaches {', '.join(map(repr, unused[:3]))}"
+            f"{', ...' if len(unused) > 3 else ''}, whose scores are 0, but losses reach trainable "
+            f"tensors that are not the model's, of shape {min(others)} for one; if those take the "
+            "parameters' place, score the model that loss_fn calls",
+            stacklevel=5,
+        )
 
 
-def _names(nodes: list[Any]) -> list[str]:
-    """Return the names of all operands of these calls."""
-    operands = [operand for node in nodes for operand in node.operands if operand is not None]
-    return sorted({name for operand in operands for name in operand.names})
+def _version(grad: Tensor | None) -> int | None:
+    return None if grad is None else grad._version
+
+
+def _names_of(group: Group, found: Audit) -> set[str]:
+    return {name for place, i in group for name in found.calls[place].operands[i].names}

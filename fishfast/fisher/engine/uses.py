@@ -61,11 +61,24 @@ class LinearUse(Use):
         left, right = (x, grad) if self.transposed else (grad, x)
         return left, right, starts, ends
 
-    def add_to(self, score: Tensor, add: Accumulator) -> None:
-        """Add the f's of all samples to ``score [O, I]``."""
-        left, right, starts, ends = self.packed()
-        alone = len(left) == self.rows.num_samples and self.rows.layout is not None
-        add.add_linear(score, left, right, *((None, None) if alone else (starts, ends)))
+    def add_to(self, score: Tensor, add: Accumulator, bias: Tensor | None = None) -> None:
+        """Add the f's of all samples to ``score [O, I]``, and those of G to ``bias [O]``."""
+        if self.rows.layout is None:
+            if bias is not None:
+                grad = self.right if self.transposed else self.left
+                SumUse(self.rows, grad, bias.shape).add_to(bias, add)
+            add.add_linear(score, *self.packed())
+            return
+        left, right = self.left, self.right
+        dtype = left.dtype
+        if dtype != right.dtype or dtype == torch.float64:
+            dtype = torch.promote_types(dtype, right.dtype)
+            dtype = torch.float32 if dtype == torch.float64 else dtype
+            left, right = left.to(dtype), right.to(dtype)
+        blocks = self.rows.layout.by_sample
+        lead, num_samples = self.rows.lead, self.rows.num_samples
+        left, right = blocks(left, lead, num_samples), blocks(right, lead, num_samples)
+        add.add_blocks(score, bias, left, right, self.transposed)
 
     def grads(self) -> Iterator[Tensor]:
         """Yield one sample's gradient at a time."""
@@ -123,7 +136,7 @@ class SumUse(Use):
         rows: which sample each row belongs to.
         grad: ``[*lead, *positions, D]``, positions that all belong to the row.
         shape: the operand's shape, D elements.
-        factors: ``(x, mean, rstd)`` broadcastable to ``grad``, or None; mean may be None.
+        factors: ``(x, mean, rstd)`` broadcastable to ``grad``, or None; the last two may be None.
     """
 
     def __init__(
@@ -131,35 +144,44 @@ class SumUse(Use):
         rows: Rows,
         grad: Tensor,
         shape: torch.Size,
-        factors: tuple[Tensor, Tensor | None, Tensor] | None = None,
+        factors: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
     ) -> None:
         super().__init__(rows)
         self.grad, self.shape, self.factors = grad, shape, factors
 
-    def add_to(self, score: Tensor, add: Accumulator) -> None:
-        """Add the f's of all samples to ``score``."""
+    def add_to(self, score: Tensor | None, add: Accumulator, bias: Tensor | None = None) -> None:
+        """Add the f's of all samples to ``score``, and those of G alone to ``bias``."""
         grad = self._by_sample(self.grad)
-        if grad is None or not score.is_contiguous():
-            for grads in self.grads():
-                add.add_samples(score, grads)
+        if grad is None or not all(t is None or t.is_contiguous() for t in (score, bias)):
+            if score is not None:
+                for grads in self.grads():
+                    add.add_samples(score, grads)
+            if bias is not None:
+                for grads in SumUse(self.rows, self.grad, bias.shape).grads():
+                    add.add_samples(bias, grads)
             return
         x, mean, rstd = (
-            None if t is None else self._by_sample(t.expand_as(self.grad))
+            None if t is None else self._by_sample(self._of_all_rows(t))
             for t in self.factors or (None, None, None)
         )
-        add.add_sum(score.view(-1), grad, x, mean, rstd)
+        score, bias = (None if t is None else t.view(-1) for t in (score, bias))
+        add.add_sum(score, grad, x, mean, rstd, bias)
 
     def _by_sample(self, tensor: Tensor) -> Tensor | None:
         blocks = self.rows.by_sample(tensor)
-        return None if blocks is None else blocks.flatten(1, -2)
+        return blocks if blocks is None or blocks.dim() == 3 else blocks.flatten(1, -2)
+
+    def _of_all_rows(self, factor: Tensor) -> Tensor:
+        same = factor.shape[:-1] == self.grad.shape[:-1]
+        return factor if same else factor.expand_as(self.grad)
 
     def grads(self) -> Iterator[Tensor]:
         """Yield all samples' gradients at once: operands of this kind are small."""
         values = self.grad.float()
         if self.factors is not None:
             x, mean, rstd = self.factors
-            centred = x.float() if mean is None else x.float() - mean
-            values = values * (centred * rstd)
+            factor = x.float() if mean is None else x.float() - mean
+            values = values * (factor if rstd is None else factor * rstd)
         inner = range(len(self.rows.lead), values.dim() - 1)
         values = values.sum(tuple(inner)) if inner else values
         yield self.rows.sums(values).view(-1, *self.shape)

@@ -13,10 +13,12 @@ from typing import Any
 
 from fishfast.fisher.engine.rules.broadcast import BROADCASTING, BroadcastRule
 from fishfast.fisher.engine.rules.conv import CONV_RULES
+from fishfast.fisher.engine.rules.conv_transpose import CONV_TRANSPOSE_RULES
 from fishfast.fisher.engine.rules.embedding import EMBEDDING_RULES, EmbeddingRule
 from fishfast.fisher.engine.rules.linear import LINEAR_RULES, LinearRule
 from fishfast.fisher.engine.rules.norm import NORM_RULES
 from fishfast.fisher.engine.rules.rule import Rule, autocast_input
+from fishfast.fisher.engine.rules.scale import SCALE_RULES, ScaleRule
 
 __all__ = [
     "BROADCASTING",
@@ -25,6 +27,7 @@ __all__ = [
     "EmbeddingRule",
     "LinearRule",
     "Rule",
+    "ScaleRule",
     "autocast_input",
 ]
 
@@ -32,5 +35,7 @@ RULES: dict[Callable[..., Any], type[Rule]] = {
     **LINEAR_RULES,
     **EMBEDDING_RULES,
     **CONV_RULES,
+    **CONV_TRANSPOSE_RULES,
     **NORM_RULES,
+    **SCALE_RULES,
 }

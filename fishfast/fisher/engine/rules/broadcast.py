@@ -37,11 +37,11 @@ class BroadcastRule(Rule):
         return self.lead
 
     def forward(self, x: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Expand the operand."""
+        """Expand the operand: to its own memory, which calls that get it only read."""
         assert weight is not None
-        return weight.expand(self.expanded)
+        return weight.expand(self.expanded).data
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """A broadcast has no input."""
         raise AssertionError("a broadcast has no input")
 

@@ -74,9 +74,8 @@ class ConvRule(Rule):
         amounts = self._same_padding()
         return F.pad(x, amounts) if amounts else x
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return the transposed convolution of G."""
-        weight = operands[0]
         assert weight is not None
         window, padded = self._window(), self._padded(x)
         grad_x, _, _ = torch.ops.aten.convolution_backward(

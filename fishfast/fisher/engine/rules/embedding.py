@@ -40,7 +40,7 @@ class EmbeddingRule(Rule):
         assert weight is not None
         return F.embedding(x, weight, self.options.get("padding_idx"))
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Token ids have no gradient."""
         raise AssertionError("token ids have no gradient")
 
@@ -49,10 +49,13 @@ class EmbeddingRule(Rule):
         num_tokens, padding_idx = self.shape(0)[0], self.options.get("padding_idx")
         tokens, samples = self.tokens_of(rows)
         grad = grad.reshape(-1, grad.shape[-1])
-        real = samples >= 0
-        if padding_idx is not None:
-            real &= tokens != padding_idx % num_tokens
-        return EmbeddingUse(rows, tokens[real], samples[real], grad[real], num_tokens)
+        if padding_idx is not None:  # rows of zeros, so that nobody waits for how many are left
+            padding = tokens == padding_idx % num_tokens
+            grad = grad.masked_fill(padding.unsqueeze(1), 0)
+        if rows.layout is None:
+            real = samples >= 0
+            tokens, samples, grad = tokens[real], samples[real], grad[real]
+        return EmbeddingUse(rows, tokens, samples, grad, num_tokens)
 
     def tokens_of(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return the token of each row and the sample that it belongs to, ``[N]``."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.rows import Rows
 from fishfast.fisher.engine.rules.rule import Rule
 from fishfast.fisher.engine.uses import ExpertsUse, LinearUse, SumUse, Use
@@ -35,9 +36,12 @@ class LinearRule(Rule):
         """Return all dims but the features."""
         return x.dim() - 1
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Run the call."""
+        return self.func(x, weight, bias)
+
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return ``G W``, or ``G W^T`` for a transposed weight."""
-        weight = operands[0]
         assert weight is not None
         return grad @ (weight.T if self.transposed else weight).to(grad.dtype)
 
@@ -45,7 +49,23 @@ class LinearRule(Rule):
         """Return ``sum_t G A^T`` for the weight, ``sum_t G`` for the bias."""
         if index == 1:
             return SumUse(rows, grad, self.shape(1))
-        return LinearUse(rows, grad, x, self.transposed)
+        dense = x if x.layout is torch.strided else x.to_dense()
+        return LinearUse(rows, grad, dense, self.transposed)
+
+    def add_to(
+        self, scores: Sequence[Tensor | None], x: Tensor, grad: Tensor, rows: Rows, add: Accumulator
+    ) -> None:
+        """Add both in one launch where the rows have an order."""
+        weight, bias = scores
+        x = x if x.layout is torch.strided else x.to_dense()
+        alike = grad.dtype is x.dtype and grad.dtype is not torch.float64
+        alike = alike and x.layout is torch.strided
+        if weight is None or rows.layout is None or not alike:
+            super().add_to(scores, x, grad, rows, add)
+            return
+        grad, x = rows.blocks(grad), rows.blocks(x)
+        left, right = (x, grad) if self.transposed else (grad, x)
+        add.add_blocks(weight, bias, left, right, self.transposed)
 
 
 class MatmulRule(LinearRule):
@@ -96,13 +116,12 @@ class GroupedRule(Rule):
         ends = self.options["offs"].tolist()
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return each expert's ``G W^T``; rows of no expert have none."""
-        weights = operands[0]
-        assert weights is not None
+        assert weight is not None
         grad_x = torch.zeros_like(x)
-        for places, weight in zip(self._parts(), weights, strict=True):
-            grad_x[places] = (grad[places] @ weight.T.to(grad.dtype)).to(x.dtype)
+        for places, own in zip(self._parts(), weight, strict=True):
+            grad_x[places] = (grad[places] @ own.T.to(grad.dtype)).to(x.dtype)
         return grad_x
 
     def use(self, index: int, x: Tensor, grad: Tensor, rows: Rows) -> Use:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.rows import Rows
 from fishfast.fisher.engine.rules.rule import Rule
 from fishfast.fisher.engine.uses import SumUse, Use
@@ -40,19 +41,19 @@ class LayerNormRule(Rule):
         )
         return out
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return autograd's own gradient of the input."""
-        weight = operands[0]
         if self.in_fp32:
             x, grad = x.float(), grad.float()
             weight = None if weight is None else weight.float()
-        return torch.ops.aten.native_layer_norm_backward(
+        return torch.ops.aten.native_layer_norm_backward.default(
             grad, x, self.options["normalized_shape"], self.mean, self.rstd, weight, None,
             [True, False, False],
         )[0]  # fmt: skip
 
     def _statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        return self.mean.float(), self.rstd.float()
+        """Return mean and 1 / standard deviation, ``[*rows, 1]``."""
+        return self.mean, self.rstd
 
     def use(self, index: int, x: Tensor, grad: Tensor, rows: Rows) -> Use:
         """Return ``sum_t G xhat`` for the weight, ``sum_t G`` for the bias."""
@@ -64,6 +65,18 @@ class LayerNormRule(Rule):
         factors = (x.reshape(*lead, -1), mean, rstd)
         return SumUse(rows, grad.reshape(*lead, -1), self.shape(0), factors)
 
+    def add_to(
+        self, scores: Sequence[Tensor | None], x: Tensor, grad: Tensor, rows: Rows, add: Accumulator
+    ) -> None:
+        """Add both in one launch where the rows have an order."""
+        weight, bias = scores
+        if weight is None or weight.dim() > 1 or rows.layout is None:
+            super().add_to(scores, x, grad, rows, add)
+            return
+        mean, rstd = self._statistics(x)
+        mean = None if mean is None else rows.blocks(mean)
+        add.add_sum(weight, rows.blocks(grad), rows.blocks(x), mean, rows.blocks(rstd), bias)
+
 
 class RMSNormRule(LayerNormRule):
     """``F.rms_norm``."""
@@ -74,16 +87,16 @@ class RMSNormRule(LayerNormRule):
         """Run the call."""
         return F.rms_norm(x, weight=weight, **self.options)
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return autograd's own gradient of the input."""
-        return gradient_by_autograd(lambda x: self.forward(x, operands[0], None), x, grad)
+        return gradient_by_autograd(lambda x: self.forward(x, weight, None), x, grad)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         eps = self.options.get("eps")
         # torch's default is that of the precision in which it computes.
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
         dims = tuple(range(self.num_lead(x), x.dim()))
-        return None, torch.rsqrt(x.float().square().mean(dims) + eps)
+        return None, torch.rsqrt(x.float().square().mean(dims, keepdim=True) + eps)
 
 
 class GroupNormRule(Rule):
@@ -99,9 +112,9 @@ class GroupNormRule(Rule):
         """Return one: the images."""
         return 1
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return autograd's own gradient of the input."""
-        return gradient_by_autograd(lambda x: self.forward(x, operands[0], None), x, grad)
+        return gradient_by_autograd(lambda x: self.forward(x, weight, None), x, grad)
 
     def _num_groups(self, x: Tensor) -> int:
         return self.options["num_groups"]
@@ -140,11 +153,11 @@ class BatchNormRule(GroupNormRule):
         rstd = torch.rsqrt(var + self.options.get("eps", 1e-5))
         return self.options["running_mean"].float().view(1, 1, -1), rstd.view(1, 1, -1)
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return ``G weight / sqrt(var + eps)``."""
         scale = self._statistics(x)[1].flatten()
-        if operands[0] is not None:
-            scale = scale * operands[0]
+        if weight is not None:
+            scale = scale * weight
         return grad * scale.view(1, -1, *[1] * (grad.dim() - 2)).to(grad.dtype)
 
 
@@ -179,9 +192,9 @@ class InstanceNormRule(BatchNormRule):
         kind = BatchNormRule if self._is_fixed() else GroupNormRule
         return kind._statistics(self, x)
 
-    def input_grad(self, x: Tensor, operands: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+    def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return autograd's own gradient of the input."""
-        return GroupNormRule.input_grad(self, x, operands, grad)
+        return GroupNormRule.input_grad(self, x, weight, grad)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
