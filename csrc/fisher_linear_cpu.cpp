@@ -99,8 +99,7 @@ FF_CPU_CLONES void score_tile(const float* grad, const float* x, const FisherLin
 struct Offsets {
   std::vector<int64_t> rows, columns;
 
-  Offsets(const FisherBlock& block, int64_t num_samples, int64_t num_positions,
-          int64_t num_columns)
+  Offsets(const FisherBlock& block, int64_t num_samples, int64_t num_positions, int64_t num_columns)
       : rows(size_t(num_samples * num_positions)), columns(size_t(num_columns)) {
     for (int64_t b = 0, row = 0; b < num_samples; ++b) {
       for (int64_t t = 0; t < num_positions; ++t) {
@@ -143,11 +142,16 @@ void fisher_linear_blocks_cpu(const FisherLinearBlocks& blocks, int num_threads)
   const int64_t samples = blocks.num_samples, positions = blocks.num_positions;
   const Offsets grad(blocks.grad, samples, positions, blocks.num_outputs);
   const Offsets x(blocks.x, samples, positions, blocks.num_inputs);
-  FisherLinear call = {blocks.score,         grad.operand(blocks.grad.data),
-                       x.operand(blocks.x.data), nullptr,
-                       nullptr,              blocks.num_outputs,
-                       blocks.num_inputs,    samples,
-                       blocks.score_stride,  blocks.power};
+  FisherLinear call = {blocks.score,
+                       grad.operand(blocks.grad.data),
+                       x.operand(blocks.x.data),
+                       nullptr,
+                       nullptr,
+                       blocks.num_outputs,
+                       blocks.num_inputs,
+                       samples,
+                       blocks.score_stride,
+                       blocks.power};
   const FisherOperand& output = blocks.bias_of_x ? call.x : call.grad;  // the layer's gradient
   const int64_t width = blocks.bias_of_x ? blocks.num_inputs : blocks.num_outputs;
   std::vector<int64_t> starts(static_cast<size_t>(samples)), ends(static_cast<size_t>(samples));

@@ -163,7 +163,8 @@ struct FisherBlock {  // element (sample, position, column) of one operand, by s
   int64_t sample_stride, position_stride, column_stride;
 };
 
-// Samples of one length, whose rows of zeros at the end are left out; the bias too, if there is one.
+// Samples of one length, whose rows of zeros at the end are left out; the bias too, if there is
+// one.
 struct FisherLinearBlocks {
   float* score;       // as above
   float* bias_score;  // [columns of the bias's operand], added to; null: none
@@ -178,8 +179,8 @@ void fisher_linear_blocks_cpu(const FisherLinearBlocks& call, int num_threads);
 // ---- fisher_sum -------------------------------------------------------------------------------
 
 struct FisherSum {
-  float* score;       // [num_features], of grad (x - mean) rstd; null: none
-  float* bias_score;  // [num_features], of grad; null: none
+  float* score;            // [num_features], of grad (x - mean) rstd; null: none
+  float* bias_score;       // [num_features], of grad; null: none
   FisherBlock grad, x;     // column_stride 1; x with data null: 1
   FisherBlock mean, rstd;  // column_stride 0; data null: 0 and 1
   int64_t num_samples, num_positions, num_features;

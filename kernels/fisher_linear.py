@@ -128,15 +128,16 @@ def add_blocks(
     bias_out = None
     if bias is not None:
         _, bias_out = sums_of_groups(output, None, None, None, power, bias=True)
-    rows = [t.flatten(0, 1) for t in (grad, x)]
-    starts = ends = None
+    starts: Tensor | None = None
+    ends: Tensor | None = None
     if length > 1:
         starts, ends = block_bounds(num_samples, length, output.device)
         if grad.numel() * x.shape[2] >= _LONG:
             position = torch.arange(1, length + 1, device=output.device)
             ends = starts + (position * (output != 0).any(-1)).amax(1)
     if score.numel():
-        add_linear(score, *rows, starts, ends, power, bias, bias_out)
+        left, right = grad.flatten(0, 1), x.flatten(0, 1)
+        add_linear(score, left, right, starts, ends, power, bias, bias_out)
     elif bias is not None and bias_out is not None:
         add_splits(bias[None], bias_out[:, None])
 
@@ -180,6 +181,6 @@ def add_linear(
     fits = [c for c in configs if c.block_t < 1.5 * len(grad) / num_samples]
     config = (fits or configs[-1:])[0]
     launch_tiles(
-        samples_kernel, score, grad, x, config, num_samples, bias, bias_out,
+        samples_kernel, score, grad, x, config, num_samples, False, bias, bias_out,
         starts_ptr=starts, ends_ptr=ends, num_samples=num_samples, power=power, PRECISION=precision,
     )  # fmt: skip

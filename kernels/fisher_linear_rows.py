@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import fp32_precision
-from .linear_tile import Config, launch_tiles, own_tile, put_tile, side_of_tiles
+from .linear_tile import Config, add_tile, launch_tiles, own_tile, side_of_tiles
 
 __all__ = ["CONFIGS", "add_linear_rows", "rows_kernel"]
 
@@ -43,7 +43,6 @@ def rows_kernel(
     stride_o,
     POWER: tl.constexpr,
     PRECISION: tl.constexpr,
-    DIRECT: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -66,7 +65,7 @@ def rows_kernel(
             g = tl.abs(g)
             a = tl.abs(a)
         total = tl.dot(tl.trans(g), a, total, input_precision=PRECISION)
-    put_tile(out_ptr, total, o, i, num_out, num_in, stride_split, stride_o, DIRECT)
+    add_tile(out_ptr, total, o, i, num_out, num_in, stride_split, stride_o)
 
 
 def add_linear_rows(
@@ -89,6 +88,6 @@ def add_linear_rows(
     config = CONFIGS[precision, side_of_tiles(score)]
     num_steps = triton.cdiv(len(grad), config.block_t)
     launch_tiles(
-        rows_kernel, score, grad, x, config, num_steps, bias, bias_out,
+        rows_kernel, score, grad, x, config, num_steps, True, bias, bias_out,
         num_rows=len(grad), POWER=power, PRECISION=precision,
     )  # fmt: skip

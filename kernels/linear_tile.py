@@ -15,7 +15,7 @@ from torch import Tensor
 from .launch import aligned_rows, divide_samples, misaligned
 from .splits import add_splits
 
-__all__ = ["Config", "launch_tiles", "own_tile", "put_tile", "side_of_tiles"]
+__all__ = ["Config", "add_tile", "launch_tiles", "own_tile", "put_tile", "side_of_tiles"]
 
 
 class Config(NamedTuple):
@@ -42,6 +42,12 @@ def own_tile(num_out, num_in, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
+def add_tile(out_ptr, value, o, i, num_out, num_in, stride_split, stride_o):
+    """Add to the score, or to this split's part of the scratch, which begins as zeros."""
+    put_tile(out_ptr, value, o, i, num_out, num_in, stride_split, stride_o, True)
+
+
+@triton.jit
 def put_tile(out_ptr, value, o, i, num_out, num_in, stride_split, stride_o, DIRECT: tl.constexpr):
     """Add to the score, or write this split's part of the scratch."""
     split = tl.program_id(1).to(tl.int64)
@@ -64,6 +70,7 @@ def launch_tiles(
     x: Tensor,
     config: Config,
     num_units: int,
+    adds: bool,
     bias: Tensor | None = None,
     bias_out: Tensor | None = None,
     **arguments: Any,
@@ -77,6 +84,7 @@ def launch_tiles(
         x: [N, I].
         config: of the kernel.
         num_units: how many samples, or steps of rows, can be given to different programs.
+        adds: whether the kernel adds to its scratch, too; else it is told whether to add.
         bias: [D], whose sums are added in the last launch, too; None: no bias.
         bias_out: [any number of groups, D], its sums.
         arguments: what this kernel takes and the other does not.
@@ -87,7 +95,10 @@ def launch_tiles(
     # Otherwise tiles go to scratch: as many as run at once, or one for each if the score's sizes or
     # strides are odd.
     direct = splits == 1 and score.shape == (grad.shape[1], x.shape[1]) and not misaligned(score)
-    out = score[None] if direct else score.new_empty(splits, grad.shape[1], x.shape[1])
+    make = score.new_zeros if adds else score.new_empty
+    out = score[None] if direct else make((splits, grad.shape[1], x.shape[1]))
+    if not adds:
+        arguments["DIRECT"] = direct
     with torch.cuda.device_of(score):
         kernel[tiles, splits](
             out_ptr=out,
@@ -98,7 +109,6 @@ def launch_tiles(
             num_in=x.shape[1],
             stride_split=out.stride(0) if splits > 1 else 0,
             stride_o=out.stride(1),
-            DIRECT=direct,
             BLOCK_O=config.block_o,
             BLOCK_I=config.block_i,
             BLOCK_T=config.block_t,

@@ -109,7 +109,7 @@ class RunsAgain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         with torch.enable_grad():
-            x = ctx.x.requires_grad_()
+            x = ctx.x.clone().requires_grad_()
             ctx.layer(x).backward(grad)
         return None, x.grad
 
@@ -121,6 +121,25 @@ def test_a_layer_that_a_backward_runs_again_is_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match="layers must not run again inside the backward"):
         ff.estimate_fisher(model, vectors(4), loss_fn=classify)
+
+
+@pytest.mark.parametrize("kept", [None, 1.0], ids=["no-grad", "grad"])
+def test_a_layer_of_the_fallback_that_a_backward_runs_again_is_refused(kept):
+    """All is left to autograd, whose inner backward adds to the weights' own ``grad``."""
+
+    def loss_fn(model, batch):
+        x = batch[0].clone().requires_grad_()
+        out = model.head(RunsAgain.apply(model.inner, model.first(x)))
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return F.cross_entropy(out, batch[1], reduction="none") + 0 * grad.detach().sum(1)
+
+    model = Calls(None, first=nn.Linear(6, 6), inner=nn.Linear(6, 6), head=nn.Linear(6, 4))
+    if kept is not None:
+        model.inner.weight.grad = torch.full((6, 6), kept)
+    grad = model.inner.weight.grad
+    with pytest.raises(ValueError, match="layers must not run again inside the backward"):
+        ff.estimate_fisher(model, vectors(4), loss_fn=loss_fn)
+    assert model.inner.weight.grad is grad
 
 
 # ---- gradients that depend on the batch's other samples -----------------------------------------

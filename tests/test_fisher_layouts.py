@@ -206,7 +206,7 @@ def test_samples_in_an_order_that_python_makes(move, size):
     assert_as_exact_as_a_loop(score(case), truth(case), truth(case, torch.float32))
 
 
-def test_a_list_of_samples_in_their_order_is_searched_once():
+def test_a_list_of_samples_in_their_order():
     """Taken apart and put together again as they were: the graph says whose each one is."""
 
     def run(self, x):
@@ -231,4 +231,35 @@ def test_dims_that_python_turns_by_the_data():
     model = Calls(run, first=nn.Linear(4, 4), layer=nn.Linear(4, 5))
     batches = [(torch.randn(3, 3, 4), torch.full((3,), t)) for t in (0, 1, 0, 1, 1)]
     case = Case(model, batches, lambda model, batch: model(*batch).square().sum((1, 2)))
+    assert_as_exact_as_a_loop(score(case), truth(case), truth(case, torch.float32))
+
+
+def test_sums_over_dims_that_the_data_choose():
+    """Nothing but the dim of the sum tells whether [T, B] or [B, T] went in."""
+
+    def run(self, x, turned):
+        dim = int(turned[0])
+        hidden = torch.tanh(self.layer(torch.tanh(self.first(x)).transpose(0, dim)))
+        return hidden.square().sum(1 - dim).sum(1)
+
+    model = Calls(run, first=nn.Linear(4, 4), layer=nn.Linear(4, 5))
+    batches = [(torch.randn(3, 3, 4), torch.full((3,), t)) for t in (0, 0, 1, 0, 1)]
+    case = Case(model, batches, lambda model, batch: model(*batch))
+    assert_as_exact_as_a_loop(score(case), truth(case), truth(case, torch.float32))
+
+
+def test_samples_in_the_last_dim_that_python_moves():
+    def turned(hidden, order):
+        return torch.stack([hidden.select(2, i) for i in order], 2)
+
+    def run(self, x, order):
+        order = order.tolist() if len(x) > 1 else [0]
+        hidden = turned(torch.tanh(self.layer(x)).permute(1, 2, 0), order)
+        hidden = torch.tanh(self.layer(hidden.permute(2, 0, 1))).permute(1, 2, 0)
+        return turned(hidden, back(order)).permute(2, 0, 1).square().sum((1, 2))
+
+    model = Calls(run, layer=nn.Linear(4, 4))
+    orders = ([0, 1, 2], [0, 1, 2], [2, 0, 1], [1, 0, 2])
+    batches = [(torch.randn(3, 2, 4), torch.tensor(order)) for order in orders]
+    case = Case(model, batches, lambda model, batch: model(*batch))
     assert_as_exact_as_a_loop(score(case), truth(case), truth(case, torch.float32))

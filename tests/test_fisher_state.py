@@ -282,8 +282,38 @@ def test_a_batch_that_refers_to_itself():
     assert graph.x is x
 
 
+class Handle:
+    """Memory of another library, which must be freed once."""
+
+    freed: list[int] = []  # noqa: RUF012
+
+    def __init__(self):
+        self.address = id(self)
+
+    def __del__(self):
+        self.freed.append(self.address)
+
+
+def test_handles_and_long_chains_are_handed_on():
+    graph = bare(torch.randn(3, 6), torch.randint(0, 4, (3,)))
+    graph.handle, handle = Handle(), None
+    link = graph.chain = bare(None, None)
+    for _ in range(2000):
+        link.next = bare(None, None)
+        link = link.next
+
+    def loss_fn(model, batch):
+        nonlocal handle
+        handle = batch.handle
+        return F.cross_entropy(model(batch), batch.y, reduction="none")
+
+    ff.estimate_fisher(Rewrites(), [graph], loss_fn=loss_fn)
+    assert handle is graph.handle
+    assert not Handle.freed
+
+
 def test_a_batch_that_can_be_gone_through_once():
-    """An iterator of a list is copied where it stands."""
+    """No call has to be caught later: one forward is enough."""
     model, samples = LookedUp(lambda: 1), [torch.randn(6), torch.randn(6)]
 
     def loss_fn(model, batch):
@@ -291,4 +321,5 @@ def test_a_batch_that_can_be_gone_through_once():
         return torch.stack([model(x.to(weight.dtype)).square().sum() for x in batch])
 
     fisher = ff.estimate_fisher(model, [iter(samples)], loss_fn=loss_fn)
+    assert fisher.passes["forward"] == 1
     assert_like_the_loop(fisher, loop(model, [samples], loss_fn))

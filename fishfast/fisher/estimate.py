@@ -85,7 +85,8 @@ def estimate_fisher(
             noise that a model draws comes from a state of the scoring's own. Hooks on parameters
             do not run while it is scored. Of a DistributedDataParallel, the inside is scored.
         batches: an iterable of batches, such as a DataLoader. One batch alone is refused if it is a
-            mapping, tensor or string; a tuple or list is taken for one of batches.
+            mapping, tensor or string; a tuple or list is taken for one of batches. Each forward
+            gets copies of a batch's containers and objects, with the tensors themselves.
         loss_fn: ``loss_fn(model, batch)`` returns the B losses of the batch's samples, shape
             ``[B]``. Default: for mappings with ``labels``, see `labelled_batch_losses`.
             "empirical" only.

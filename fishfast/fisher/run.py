@@ -78,7 +78,7 @@ class Run:
         finally:
             if self.running is not None and whole and self.num_batches:
                 self.running.save_now(self._so_far())
-        self.scorer.note_unreached()
+        self.scorer.finish()
         if self.limit is not None and self.num_samples < self.limit:
             warnings.warn(
                 f"num_samples={self.limit}, but batches gave only {self.num_samples} samples",

@@ -46,10 +46,10 @@ class Accumulator:
         backend = _backend.choose("fisher", score.device, self.backend)
         if backend != "triton":
             module: Any = accumulate_cpu if backend == "cpu" else accumulate
-            return getattr(module, f"add_{operation}")  # type: ignore[no-any-return]
+            return getattr(module, f"add_{operation}")
         file = {"blocks": "linear"}.get(operation, operation)
         module = importlib.import_module(f"fishfast.kernels.fisher_{file}")
-        return getattr(module, f"add_{operation}")  # type: ignore[no-any-return]
+        return getattr(module, f"add_{operation}")
 
     def add_linear(
         self, score: Tensor, grad: Tensor, x: Tensor, starts: Tensor | None, ends: Tensor | None

@@ -52,6 +52,7 @@ class Audit:
             whatever the sizes, and cut the samples' dim in the same places.
         nodes: all nodes of the graph, but for its leaves.
         views: those that give their argument another shape.
+        cuts: where dims behind the first two are cut that have as many elements as samples.
         movers: those where tensors of indices put rows elsewhere.
         python: those whose gradients pass through Python (a hook, a custom function), which need
             not treat each sample by itself.
@@ -61,11 +62,12 @@ class Audit:
 
     def __init__(
         self, calls: list[Any], foreign: dict[str, str], plan: Plan, structure: int,
-        nodes: list[Any], views: list[Any], movers: list[Any], python: list[Any],
-        others: list[Tensor], num_samples: int,
+        nodes: list[Any], views: list[Any], cuts: list[str], movers: list[Any],
+        python: list[Any], others: list[Tensor], num_samples: int,
     ) -> None:  # fmt: skip
         self.calls, self.foreign, self.plan, self.structure = calls, foreign, plan, structure
-        self.nodes, self.views, self.movers, self.python = nodes, views, movers, python
+        self.nodes, self.views, self.cuts = nodes, views, cuts
+        self.movers, self.python = movers, python
         self.others = others
         self.num_samples = num_samples
 
@@ -159,6 +161,7 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
     movers: list[Any] = []
     python: list[Any] = []
     views: list[Any] = []
+    cuts: list[str] = []
     nodes: list[Any] = []
     others: list[Tensor] = []
     num_samples = len(losses)
@@ -175,7 +178,7 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
             walked.append(type(node.rule))
             walked += [operand and operand.names for operand in node.operands]
         elif kind.is_asked:
-            walked.append(_answer(kind.name, node, num_samples))
+            walked.append(_answer(kind.name, node, num_samples, cuts))
             if _moves(kind.name, node, num_samples):
                 movers.append(node)
         elif kind.is_python:
@@ -205,11 +208,11 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
     plan = plans.of(structure, [node.operands for node in calls])
     python += [node for node in hooked if node in numbers]
     return Audit(
-        calls, foreign, plan, structure, nodes, views, movers, python, others, num_samples
+        calls, foreign, plan, structure, nodes, views, cuts, movers, python, others, num_samples
     )  # fmt: skip
 
 
-def _answer(name: str, node: Any, num_samples: int) -> Any:
+def _answer(name: str, node: Any, num_samples: int, cuts: list[str]) -> Any:
     """Return what tells this node from others of its kind."""
     if name == _REENTRANT:
         raise ValueError(
@@ -217,7 +220,7 @@ def _answer(name: str, node: Any, num_samples: int) -> Any:
             "hidden from the audit; got a checkpoint function of another library; use "
             "torch.utils.checkpoint"
         )
-    return _cut(node, num_samples) if name in _CUTTING else None
+    return _cut(node, num_samples, cuts) if name in _CUTTING else None
 
 
 def _moves(name: str, node: Any, num_samples: int) -> bool:
@@ -241,15 +244,24 @@ def _moves(name: str, node: Any, num_samples: int) -> bool:
     return name in _MOVING
 
 
-def _cut(node: Any, num_samples: int) -> Any:
-    """Return where a call cuts, or turns, the samples; None for another dim."""
+def _cut(node: Any, num_samples: int, cuts: list[str]) -> Any:
+    """Return where a call cuts, or turns, the samples; None for another dim.
+
+    Behind the first two dims they seldom are: a dim of heads may have as many in one batch, whose
+    structure is that of the next one. There the cut is added to ``cuts``.
+    """
     dims = getattr(node, "_saved_dims", None)
+    deep = False
     if dims is None:
         sizes = node._saved_self_sym_sizes
         dim = signed_dim(node._saved_dim, len(sizes))
         if dim != 0 and sizes[dim] != num_samples:
             return None
-    return str([getattr(node, name) for name in _CUTTING[node.name()]] + [dims])
+        deep = dim > 1
+    found = str([getattr(node, name) for name in _CUTTING[node.name()]] + [dims])
+    if deep:
+        cuts.append(found)
+    return None if deep else found
 
 
 def _calls_above(nodes: list[Any]) -> set[Any]:

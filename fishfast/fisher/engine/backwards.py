@@ -12,7 +12,12 @@ from fishfast.fisher.engine.gradients import gradients
 from fishfast.fisher.engine.interception import Interception, Observer
 from fishfast.fisher.engine.passes import Costs
 
-__all__ = ["Backwards", "Repeated"]
+__all__ = ["HIDDEN", "Backwards", "Repeated"]
+
+HIDDEN = (
+    "layers must not run again inside the backward of a custom autograd function, where their "
+    "gradients ({0}) cannot be told apart; use torch.utils.checkpoint"
+)
 
 
 class Backwards:
@@ -61,10 +66,7 @@ class Backwards:
             interception.observe, interception.task = None, -1
         if anchor.grad is not None:
             anchor.grad = None
-            raise ValueError(
-                "layers must not run again inside the backward of a custom autograd function, "
-                "where their gradients cannot be told apart; use torch.utils.checkpoint"
-            )
+            raise ValueError(HIDDEN.format("those that are batched"))
         return grads[: len(inputs)]
 
     def sizes(self, losses: Tensor, inputs: Sequence[Tensor]) -> Tensor:

@@ -123,7 +123,7 @@ class RowFinder:
         if num_samples == 1:
             return [None] * len(found.calls)
         sizes = tuple([node.lead for node in found.calls])
-        sizes += tuple([node._saved_self_sym_sizes for node in found.views])
+        sizes += (*[node._saved_self_sym_sizes for node in found.views], *found.cuts)
         steps = self._steps.get((found.structure, num_samples, sizes))
         if steps is None:
             of = sample_steps(losses.grad_fn, losses.output_nr, num_samples, found.consumers)

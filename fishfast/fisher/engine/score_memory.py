@@ -120,7 +120,7 @@ def buffers_of(scores: Iterable[Tensor]) -> list[Tensor]:
             found[id(score)] = score
         elif storage.data_ptr() not in found:
             whole = torch.empty(0, dtype=score.dtype, device=score.device)
-            found[storage.data_ptr()] = whole.set_(storage)  # type: ignore[call-overload]
+            found[storage.data_ptr()] = whole.set_(storage)
     return list(found.values())
 
 

@@ -14,7 +14,7 @@ from fishfast.fisher.checks import is_empty, refuse_mean
 from fishfast.fisher.engine.accumulator import Accumulator
 from fishfast.fisher.engine.alone import SampleRecorder
 from fishfast.fisher.engine.audit import Audit
-from fishfast.fisher.engine.backwards import Backwards, Repeated
+from fishfast.fisher.engine.backwards import HIDDEN, Backwards, Repeated
 from fishfast.fisher.engine.coupling import COUPLED, SamplesReached, names_of, refuse_coupled
 from fishfast.fisher.engine.eager import checkpoints_run_again, not_compiled
 from fishfast.fisher.engine.forwards import Forwards
@@ -94,6 +94,7 @@ class Scorer:
         self.backwards = Backwards(self.interception, self.costs)
         self.rows = RowFinder()
         self._noted: Any = None  # what the roads follow from
+        self._grads = {name: (p.grad, _version(p.grad)) for name, p in parameters.items()}
         self._one_loss_each = False  # known from a batch with several
         self._all_mixed = False  # in every call that a gradient reached
         self.fallback = self.forwards.fallback
@@ -365,8 +366,16 @@ class Scorer:
         for name, reason in self.fallback.items():
             self.roads[name] = f"{ALONE}: {reason}"
 
-    def note_unreached(self) -> None:
-        """Say which parameters no loss has reached, where the losses reach others instead."""
+    def finish(self) -> None:
+        """Refuse gradients that went past the scores; say which parameters no loss has reached.
+
+        Raises:
+            ValueError: a parameter's own ``grad`` has changed.
+        """
+        for name, (grad, version) in self._grads.items():
+            if self.parameters[name].grad is not grad or _version(grad) != version:
+                self.parameters[name].grad = grad
+                raise ValueError(HIDDEN.format(f"that of {name!r}"))
         unused = [name for name, road in self.roads.items() if road == UNUSED]
         own = {tuple(self.parameters[name].shape) for name in unused}
         others = [shape for of_a_model, shape in self.forwards.others if of_a_model or shape in own]
@@ -380,6 +389,10 @@ class Scorer:
             "parameters' place, score the model that loss_fn calls",
             stacklevel=5,
         )
+
+
+def _version(grad: Tensor | None) -> int | None:
+    return None if grad is None else grad._version
 
 
 def _names_of(group: Group, found: Audit) -> set[str]:

@@ -38,7 +38,7 @@ class LinearRule(Rule):
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Run the call."""
-        return self.func(x, weight, bias)  # type: ignore[no-any-return]
+        return self.func(x, weight, bias)
 
     def input_grad(self, x: Tensor, weight: Tensor | None, grad: Tensor) -> Tensor:
         """Return ``G W``, or ``G W^T`` for a transposed weight."""
