@@ -1,5 +1,6 @@
-"""The shipped csrc/sparse_adam.cu, csrc/sparse_sgd.cu and csrc/write_values.cu, executed, against C++.
+"""The shipped kernels of a step, executed, against the C++ step.
 
+They are csrc/sparse_adam.cu, csrc/sparse_sgd.cu and, for other optimizers, csrc/write_values.cu.
 The optimizers run as they are; the tables that they make go to the simulated kernels. Everything
 must agree bit for bit. test_simt_kernels.py runs the kernels alone, under every schedule and
 sanitizer; test_capturable_simt.py has the steps of a CUDA graph.
