@@ -117,7 +117,7 @@ def estimate_fisher(
 
     Returns:
         A `Fisher`: name -> fp32 scores of the parameter's shape, on the parameter's device or
-        ``scores_device``.
+        ``scores_device``. They share memory: ``clone()`` one before you save or keep it by itself.
 
     Raises:
         TypeError: ``model`` is not a module, a function is not callable, ``batches`` a mapping,
