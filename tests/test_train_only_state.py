@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from stepping import assert_state, same_bits, state_of
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.utils import parametrizations
 from train_only_modules import mask_over_all, numbers
 from train_only_net import assert_masters_match, net, train, tuned_net
@@ -269,3 +272,20 @@ def test_mask_changed_by_its_owner_does_not_reach_the_step() -> None:
     ff.SGD([parameter], lr=1.0).step()
     changed = (model.state_dict()["weight"] != before).flatten().nonzero().flatten().tolist()
     assert set(changed) == expected
+
+
+def test_trained_values_alone_go_through_a_distributed_checkpoint(tmp_path: Path) -> None:
+    """Its ``ignore_frozen_params`` keeps no weight: the state dict has the base's, all frozen."""
+    tuned, other = (
+        ff.train_only(model, ff.random_mask(model, density=0.3, seed=0))
+        for model in (nn.Linear(8, 4), nn.Linear(8, 4).bfloat16())
+    )
+    tuned.model(torch.ones(2, 8)).square().sum().backward()
+    ff.SGD(tuned.parameters(), lr=0.1).step()
+    options = StateDictOptions(ignore_frozen_params=True)
+    assert not get_model_state_dict(tuned.model, options=options)
+    dcp.save({"values": dict(tuned.named_parameters())}, checkpoint_id=tmp_path)
+    dcp.load({"values": dict(other.named_parameters())}, checkpoint_id=tmp_path)
+    assert_masters_match(other.model)
+    for a, b in zip(tuned.parameters(), other.parameters(), strict=True):
+        assert same_bits(a, b)

@@ -85,8 +85,7 @@ class Sites:
         if (
             type(x) is not Tensor or x.is_nested or not x.requires_grad or x.dim() != site.num_dims
             or x.dtype is not site.dtype or self._tracker.sources(x)
-            or x.layout is not torch.strided or x.is_nested
-            or tuple(kwargs) != site.keywords or not records()
+            or x.layout is not torch.strided or tuple(kwargs) != site.keywords or not records()
         ):  # fmt: skip
             return None
         for name in site.names:
