@@ -198,6 +198,7 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
                     name = tracker.name(parent.variable)
                     walked.append(name)
                     if name is not None:
+                        _refuse_counts_of_batch(name, node, num_samples)
                         foreign[name] = _call_name(node)
                     else:
                         others.append(parent.variable)
@@ -210,6 +211,14 @@ def audit(losses: Tensor, tracker: Tracker, hooked: list[Any], plans: Plans) -> 
     return Audit(
         calls, foreign, plan, structure, nodes, views, cuts, movers, python, others, num_samples
     )  # fmt: skip
+
+
+def _refuse_counts_of_batch(name: str, node: Any, num_samples: int) -> None:
+    if num_samples > 1 and getattr(node, "_saved_scale_grad_by_freq", False):
+        raise ValueError(
+            f"scale_grad_by_freq must be False for {name!r}: its gradient is divided by how often "
+            "a row comes in the whole batch; set it to False, or score batches of one sample each"
+        )
 
 
 def _answer(name: str, node: Any, num_samples: int, cuts: list[str]) -> Any:

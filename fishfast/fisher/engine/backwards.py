@@ -14,6 +14,12 @@ from fishfast.fisher.engine.passes import Costs
 
 __all__ = ["HIDDEN", "Backwards", "Repeated"]
 
+_ADDED = (
+    "gradients of a sample must come from its own loss where layers are scored one sample at a "
+    "time; a hook or a custom autograd function adds to those of samples whose losses weigh 0 (an "
+    "activity penalty, noise); score batches of one sample each, or put the penalty into the losses"
+)
+
 HIDDEN = (
     "layers must not run again inside the backward of a custom autograd function, where their "
     "gradients ({0}) cannot be told apart; use torch.utils.checkpoint"
@@ -68,6 +74,19 @@ class Backwards:
             anchor.grad = None
             raise ValueError(HIDDEN.format("those that are batched"))
         return grads[: len(inputs)]
+
+    def refuse_added(self, losses: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Refuse gradients that do not come from the losses: those of no loss must be 0.
+
+        Args:
+            losses: ``[B]``.
+            inputs: parameters that are left to autograd.
+
+        Raises:
+            ValueError: a hook or a custom function adds some.
+        """
+        if float(self.sizes(losses * 0, inputs).nan_to_num().sum()) > 0:  # a norm of 0 gives NaN
+            raise ValueError(_ADDED)
 
     def sizes(self, losses: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """Return the size of each call's gradient, and of those of ``inputs``."""

@@ -46,14 +46,21 @@ def _culprit(scorer: Scorer, batch: Any) -> tuple[int, str] | None:
     def look(node: Any, x: Tensor | None, grad: Tensor) -> None:
         if node.rows is None or culprits:
             return
-        width = prod(grad.shape[len(node.lead) :])
-        spoiled = ~grad.reshape(prod(node.lead), width).isfinite().all(-1)
+        spoiled = _spoiled(grad, node.lead)
+        if x is not None and x.shape[: len(node.lead)] == node.lead:  # infinite where grad is 0
+            spoiled |= _spoiled(x, node.lead)
         samples = node.rows.samples(grad.device)[spoiled]
         names = [operand.names[0] for operand in node.operands if operand is not None]
         culprits.extend((int(sample), names[0]) for sample in samples[samples >= 0])
 
     scorer.backwards.run(losses.probe.sum(), look)
     return culprits[0] if culprits else None
+
+
+def _spoiled(rows: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """Return bool [rows]: which have a number that is not finite."""
+    width = prod(rows.shape[len(lead) :])
+    return ~rows.reshape(prod(lead), width).isfinite().all(-1)
 
 
 def _culprit_alone(scorer: Scorer, batch: Any) -> tuple[int, str] | None:

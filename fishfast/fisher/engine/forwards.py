@@ -49,6 +49,7 @@ class Forwards:
         self._buffers: Buffers | None = None  # as the batch found them, once a forward has run
         self.fallback: dict[str, str] = {}
         self.random_state = OwnRandomState(p.device for p in self._parameters.values())
+        self._places = _places(model, self._parameters)
         self.reached = False
         self.others: set[tuple[bool, tuple[int, ...]]] = set()
 
@@ -71,7 +72,17 @@ class Forwards:
 
         Returns:
             Its losses, and what they depend on.
+
+        Raises:
+            ValueError: a parameter was replaced since the batch before.
         """
+        for held, key, parameter, name in self._places:
+            if held.get(key) is not parameter:
+                raise ValueError(
+                    f"parameters must stay the same tensors while they are scored; {name!r} was "
+                    "replaced between two batches (assign=True, a parametrization, a module put in "
+                    "its place); write into it, or score before and after by two calls"
+                )
         self._buffers = None
         try:
             losses, found = self.run(batch)
@@ -189,3 +200,27 @@ class Forwards:
             "gradient; score the model that loss_fn calls, not another copy of it (an average, a "
             "prepared copy, or one whose weights FSDP keeps elsewhere)"
         )
+
+
+def _places(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> list[tuple[dict[str, Any], str, Any, str]]:
+    """Return where a model has its parameters, and the modules above them.
+
+    Returns:
+        A module's dict, the key in it, what is there, and its name in the model.
+    """
+    tracked = {id(p) for p in parameters.values()}
+    found: list[tuple[dict[str, Any], str, Any, str]] = []
+    for path, module in model.named_modules():
+        inside: list[tuple[dict[str, Any], str, Any]] = [
+            (module._parameters, key, p)
+            for key, p in module._parameters.items() if id(p) in tracked
+        ]  # fmt: skip
+        inside += [
+            (module._modules, key, child)
+            for key, child in module._modules.items()
+            if child is not None and any(id(p) in tracked for p in child.parameters())
+        ]
+        found += [(held, key, what, f"{path}.{key}".lstrip(".")) for held, key, what in inside]
+    return found

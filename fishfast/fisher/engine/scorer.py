@@ -325,8 +325,9 @@ class Scorer:
         if not names and not groups:
             return
         inputs = [self.parameters[name] for name in names]
-        phase = "fallback" if names else "backward"
-        with self.costs.of(phase, passes=len(losses)):
+        if found.python and found.num_samples > 1:
+            self.backwards.refuse_added(losses, inputs)
+        with self.costs.of("fallback" if names else "backward", passes=len(losses)):
             for loss in losses:
                 recorder = SampleRecorder(self.interception.tracker, found, groups)
                 grads = self.backwards.run(

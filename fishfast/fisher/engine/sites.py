@@ -91,6 +91,9 @@ class Sites:
         for name in site.names:
             if levels[name] >= NEVER:
                 return None
+        for operand in site.operands:  # frozen for this call, as a discriminator is
+            if operand is not None and not operand.tensor.requires_grad:
+                return None
         rule = site.kind.__new__(site.kind)
         rule.__dict__.update(site.state)
         rule.x = x
