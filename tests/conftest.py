@@ -28,6 +28,7 @@ torch.backends.cudnn.allow_tf32 = False
 
 # The modules that assert for tests: their failures show the values too.
 pytest.register_assert_rewrite(
+    "batch_1_loop",
     "capturable_runs",
     "cuda_models",
     "fisher_checks",

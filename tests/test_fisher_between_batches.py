@@ -1,53 +1,16 @@
-"""A model that changes in a forward or between batches, and what adds to its gradients."""
+"""A model that changes in a forward or between batches, and batches that break a promise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from batch_1_loop import Batch, assert_scores, loop, losses, some_batches
 from torch import Tensor, nn
 
 import fishfast as ff
-
-Batch = tuple[Tensor, Tensor]
-
-
-def losses(model: nn.Module, batch: Batch) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().mean(1)
-
-
-def some_batches(count: int = 4, size: int = 6) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        tuple(torch.randn(size, 6, generator=generator) for _ in range(2))  # type: ignore[misc]
-        for _ in range(count)
-    ]
-
-
-def loop(
-    model: nn.Module, batches: list[Batch], before: Callable[[int], Any] = lambda number: None
-) -> dict[str, Tensor]:
-    """Return the scores of a batch-1 loop in float64."""
-    model.double()
-    right = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for number, (x, y) in enumerate(batches):
-        before(number)
-        for i in range(len(x)):
-            model.zero_grad()
-            losses(model, (x[i : i + 1].double(), y[i : i + 1].double())).sum().backward()
-            for name, p in model.named_parameters():
-                if p.grad is not None:
-                    right[name] += p.grad.square()
-    model.zero_grad()
-    model.float()
-    return right
-
-
-def assert_scores(found: ff.Fisher, right: dict[str, Tensor]) -> None:
-    for name, scores in right.items():
-        torch.testing.assert_close(found[name].double(), scores, rtol=1e-4, atol=1e-9)
 
 
 class Discriminated(nn.Module):
@@ -129,53 +92,6 @@ def test_a_parameter_replaced_between_batches_is_refused_by_name(replace: Any, n
 
     with pytest.raises(ValueError, match=f"'{name}' was replaced between two batches"):
         ff.estimate_fisher(model, replacing(), loss_fn=losses)
-
-
-class Penalty(torch.autograd.Function):
-    """An activity penalty that is in the backward alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad + 0.01 * ctx.saved_tensors[0].sign()
-
-
-def add_in_hook(x: Tensor) -> Tensor:
-    x.register_hook(lambda grad: grad + 0.01 * x.detach().sign())
-    return x
-
-
-class Penalized(nn.Module):
-    def __init__(self, penalty: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.up, self.slope, self.down = nn.Linear(6, 8), nn.PReLU(), nn.Linear(8, 6)
-        self.penalty = penalty
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.penalty(self.slope(self.up(x)).tanh()))
-
-
-PENALTIES = pytest.mark.parametrize(
-    "penalty", [Penalty.apply, add_in_hook], ids=["function", "hook"]
-)
-
-
-@PENALTIES
-def test_what_adds_to_gradients_is_refused(penalty: Any) -> None:
-    with pytest.raises(ValueError, match="adds to those of samples whose losses weigh 0"):
-        ff.estimate_fisher(Penalized(penalty), some_batches(), loss_fn=losses)
-
-
-@PENALTIES
-def test_what_adds_to_gradients_is_exact_in_batches_of_one_sample(penalty: Any) -> None:
-    torch.manual_seed(0)
-    model, batches = Penalized(penalty), some_batches(count=5, size=1)
-    right = loop(model, batches)
-    assert_scores(ff.estimate_fisher(model, batches, loss_fn=losses), right)
 
 
 def test_an_infinite_input_is_blamed_on_its_own_sample() -> None:

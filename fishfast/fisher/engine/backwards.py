@@ -21,8 +21,9 @@ _ADDED = (
 )
 
 HIDDEN = (
-    "layers must not run again inside the backward of a custom autograd function, where their "
-    "gradients ({0}) cannot be told apart; use torch.utils.checkpoint"
+    "layers must not run again inside the backward of a custom autograd function, nor a loss_fn or "
+    "a hook call backward(), where their gradients ({0}) cannot be told apart; use "
+    "torch.utils.checkpoint, or torch.autograd.grad"
 )
 
 

@@ -104,6 +104,7 @@ class Forwards:
 
         Raises:
             ValueError: it changes the batch's tensors, or uses those of an earlier forward.
+            SecondDerivativeError: ``loss_fn`` called ``backward()``.
         """
         if self._buffers is None:
             self._buffers = Buffers(self._model)
@@ -117,6 +118,9 @@ class Forwards:
         versions = [tensor._version for tensor in tensors]
         with self._costs.of("forward", passes=1):
             losses = self._objective(self._model, copied)
+            if interception.anchor.grad is not None:  # of a backward() in loss_fn
+                interception.anchor.grad = None
+                raise SecondDerivativeError
             hooked = interception.hooks.settle()
             found = audit(losses.probe, interception.tracker, hooked, self._plans)
         if versions != [tensor._version for tensor in tensors]:
@@ -213,6 +217,8 @@ def _places(
     tracked = {id(p) for p in parameters.values()}
     found: list[tuple[dict[str, Any], str, Any, str]] = []
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose parameters live elsewhere
+            continue
         inside: list[tuple[dict[str, Any], str, Any]] = [
             (module._parameters, key, p)
             for key, p in module._parameters.items() if id(p) in tracked

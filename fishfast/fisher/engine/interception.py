@@ -153,6 +153,10 @@ class Interception(TorchFunctionMode):
     def _hooked(self, tensor: Tensor, hook: Callable[[Tensor], Any]) -> TensorHook:
         if self.tracker.name(tensor) is not None:  # hooks on parameters do not run while scoring
             return TensorHook(hook)
+        if sources := self._sources(tensor):  # it is to see each sample's own gradient
+            reason = "a hook is on a tensor that is computed from it"
+            self.small_calls.given_up.update(dict.fromkeys(sources, reason))
+            self.levels.update(dict.fromkeys(sources, NEVER))
         return self.hooks.register(tensor, hook)
 
     def _grad_in_backward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
