@@ -104,6 +104,57 @@ def test_a_hook_on_what_is_computed_from_a_weight_sees_each_samples_gradient(
     assert "a hook is on a tensor that is computed from it" in found.fallback["up.weight"]
 
 
+class HookedLate(nn.Module):
+    """A hook on a view of a weight that was used already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.up.weight.view_as(self.up.weight)
+        hidden = F.linear(x, weight, self.up.bias)
+        if weight.requires_grad:
+            weight.register_hook(lambda grad: grad / grad.norm())
+        return self.down(hidden.tanh())
+
+
+def test_a_hook_on_a_view_of_a_weight_after_its_use() -> None:
+    torch.manual_seed(0)
+    model, batches = HookedLate(), some_batches()
+    right = loop(model, batches)
+    assert_scores(ff.estimate_fisher(model, batches, loss_fn=losses), right)
+
+
+class Decay(torch.autograd.Function):
+    """A weight decay that is in the weight's backward."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad + 0.01 * ctx.saved_tensors[0].sign()
+
+
+class Decayed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.linear(x, Decay.apply(self.up.weight), self.up.bias).tanh())
+
+
+def test_what_a_weights_own_backward_adds_is_each_samples() -> None:
+    torch.manual_seed(0)
+    model, batches = Decayed(), some_batches()
+    right = loop(model, batches)
+    assert_scores(ff.estimate_fisher(model, batches, loss_fn=losses), right)
+
+
 def adversarial(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Losses at a step along the gradient's sign, which a backward() of its own gives."""
     x = batch[0].clone().requires_grad_()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from batch_1_loop import Batch, assert_scores, loop, losses, some_batches
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fishfast as ff
 
@@ -107,3 +108,69 @@ def test_counts_over_the_batch_are_refused() -> None:
     tokens = torch.randint(0, 10, (6, 5))
     with pytest.raises(ValueError, match="scale_grad_by_freq must be False for 'weight'"):
         ff.estimate_fisher(bag, [(tokens, torch.randn(6, 6))], loss_fn=losses)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.out = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.stack([x, 2 * x, x.flip(1)], 1)
+        return self.out(self.inside(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+
+def test_a_function_of_torch_that_was_replaced_later_is_the_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As kernels for attention are put in the place of torch's."""
+    plain = F.scaled_dot_product_attention
+
+    def replaced(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return plain(2 * q, k, v, *args, **kwargs).sin()
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", replaced)
+    torch.manual_seed(0)
+    model, batches = Attention(), some_batches()
+    right = loop(model, batches)
+    assert_scores(ff.estimate_fisher(model, batches, loss_fn=losses), right)
+
+
+class Dilated(nn.Module):
+    """A list among a call's arguments, which the model changes between two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.conv = nn.Linear(6, 6), nn.Conv1d(1, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding, hidden = [1], self.up(x).tanh().unsqueeze(1)
+        for size in (1, 2):
+            padding[0] = size
+            hidden = F.conv1d(hidden, self.conv.weight, self.conv.bias, 1, padding, padding)
+        padding[0] = 7
+        return hidden.squeeze(1)
+
+
+def test_a_list_that_is_changed_after_a_call() -> None:
+    torch.manual_seed(0)
+    model, batches = Dilated(), some_batches()
+    right = loop(model, batches)
+    assert_scores(ff.estimate_fisher(model, batches, loss_fn=losses), right)
+
+
+class OverSequences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        empty = self.up(x[:, None][:, :0])
+        return self.down(x) + empty.sum(1)
+
+
+def test_sequences_without_elements() -> None:
+    torch.manual_seed(0)
+    model, batches = OverSequences(), some_batches()
+    right = loop(model, batches)
+    assert_scores(ff.estimate_fisher(model, batches, loss_fn=losses), right)

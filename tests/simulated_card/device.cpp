@@ -151,6 +151,11 @@ Tensor& set_storage(Tensor& x, at::Storage storage, int64_t offset, c10::IntArra
   return x;
 }
 
+Tensor& set_whole_storage(Tensor& x, at::Storage storage) {
+  const int64_t count = storage.nbytes() / x.element_size();
+  return set_storage(x, std::move(storage), 0, {count}, {1});
+}
+
 Tensor& set_tensor(Tensor& x, const Tensor& source) {
   return set_storage(x, source.storage(), source.storage_offset(), source.sizes(),
                      source.strides());
@@ -347,6 +352,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("unfold", at::native::unfold);
   m.impl("resize_", resize_);
   m.impl("set_.source_Storage_storage_offset", set_storage);
+  m.impl("set_.source_Storage", set_whole_storage);
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("record_stream", record_stream);
   m.impl("is_pinned", is_pinned);

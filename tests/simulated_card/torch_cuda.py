@@ -108,6 +108,8 @@ def install(card: Any) -> None:
     }.items():  # fmt: skip
         setattr(torch.cuda, name, own)
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
+    empty = torch.empty
+    torch.empty = lambda *sizes, pin_memory=False, **options: empty(*sizes, **options)  # type: ignore[assignment]
     torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign,assignment]
     torch.Tensor.is_pinned = lambda tensor, *_: True  # type: ignore[method-assign,assignment]
     torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign]

@@ -76,16 +76,20 @@ class Backwards:
             raise ValueError(HIDDEN.format("those that are batched"))
         return grads[: len(inputs)]
 
-    def refuse_added(self, losses: Tensor, inputs: Sequence[Tensor]) -> None:
+    def refuse_added(self, losses: Tensor, inputs: Sequence[Tensor], python: Sequence[Any]) -> None:
         """Refuse gradients that do not come from the losses: those of no loss must be 0.
 
         Args:
             losses: ``[B]``.
             inputs: parameters that are left to autograd.
+            python: nodes of hooks and custom functions.
 
         Raises:
-            ValueError: a hook or a custom function adds some.
+            ValueError: one of them adds some, unless it is computed from parameters alone: what a
+                weight's own backward adds, it adds for each sample.
         """
+        if all(_is_of_leaves(node) for node in python):
+            return
         if float(self.sizes(losses * 0, inputs).nan_to_num().sum()) > 0:  # a norm of 0 gives NaN
             raise ValueError(_ADDED)
 
@@ -100,6 +104,18 @@ class Backwards:
             grads = self.run(losses.sum(), observe, inputs=inputs)
         sizes += [grad.double().norm() for grad in grads if grad is not None]
         return torch.stack([size.cpu() for size in sizes] or [torch.zeros(())])
+
+
+def _is_of_leaves(node: Any) -> bool:
+    """Whether a node is computed from leaves alone, without data or an intercepted call."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        parents = [parent for parent, _ in node.next_functions]
+        if hasattr(node, "rule") or None in parents:
+            return False
+        stack += parents
+    return True
 
 
 class Repeated:

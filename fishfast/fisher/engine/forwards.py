@@ -90,6 +90,9 @@ class Forwards:
             self.leave_all_to_autograd()
             losses, found = self.run(batch)
             losses, found = self.again(batch, losses, "it takes gradients itself")
+        if self._interception.hooked_late:
+            why = "a hook is on a tensor that is computed from a parameter"
+            losses, found = self.again(batch, losses, why)
         self._check_reached(found)
         return losses, found
 

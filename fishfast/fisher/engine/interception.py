@@ -67,12 +67,12 @@ class Interception(TorchFunctionMode):
         levels: how eagerly each one is caught, by name.
         anchor: a leaf that every intercepted call depends on; a backward to it runs them all.
         observe: called in the backward of every intercepted call.
-        task: autograd's number of that backward; one inside it (a hook that calls autograd.grad)
-            has another.
+        task: autograd's number of that backward, by which those inside it are told apart.
         hooks: those that the forward has put on its tensors.
         most_rows: the largest dim 0 that an intercepted call of this forward had.
         small_calls: how often each weight was caught, and which are caught no more.
         origins: knows which tensors come from the model alone; None where nobody asks.
+        hooked_late: a hook is on what is computed from a parameter, which may be caught by then.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -88,9 +88,13 @@ class Interception(TorchFunctionMode):
         self._one_row: dict[Any, bool] = {}
         self.small_calls = SmallCalls()
         self.origins: Origins | None = None
+        self.hooked_late = False
 
     def begin(self) -> None:
-        """Forget what an earlier forward has left."""
+        """Forget what an earlier forward has left; see what torch's functions call by now."""
+        self.hooked_late = False
+        for func, inside in _INSIDE:
+            inside |= func.__globals__ | _ASK_NOBODY
         self.most_rows = 1
         self._one_row.clear()
         self.small_calls.clear()
@@ -154,9 +158,10 @@ class Interception(TorchFunctionMode):
         if self.tracker.name(tensor) is not None:  # hooks on parameters do not run while scoring
             return TensorHook(hook)
         if sources := self._sources(tensor):  # it is to see each sample's own gradient
-            reason = "a hook is on a tensor that is computed from it"
-            self.small_calls.given_up.update(dict.fromkeys(sources, reason))
+            why = dict.fromkeys(sources, "a hook is on a tensor that is computed from it")
+            self.small_calls.given_up.update(why)
             self.levels.update(dict.fromkeys(sources, NEVER))
+            self.hooked_late = True  # perhaps after it was used
         return self.hooks.register(tensor, hook)
 
     def _grad_in_backward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -322,12 +327,15 @@ _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled"
 # Python functions that hand themselves over whole, with calls inside that have rules: run from a
 # copy that does not ask. Their parameters are used through F.linear inside.
 def _opened(func: Any) -> Callable[..., Any]:
-    inside = {**func.__globals__, "has_torch_function": lambda *_: False}
+    inside = func.__globals__ | _ASK_NOBODY
+    _INSIDE.append((func, inside))
     copy = types.FunctionType(func.__code__, inside, func.__name__, func.__defaults__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
 
 
+_ASK_NOBODY = {"has_torch_function": lambda *_: False}
+_INSIDE: list[tuple[Any, dict[str, Any]]] = []  # functions and the globals of their copies
 _OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
 _GRAD = _opened(torch.autograd.grad)
 _LOOKED_FOR = {torch.Tensor.register_hook, torch.autograd.grad, *_OPENED}

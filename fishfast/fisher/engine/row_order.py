@@ -176,6 +176,8 @@ def _uncut(
 
 def _place(shape: Shape, step: int, num_samples: int) -> tuple[int, int] | None:
     """Return the dim that holds the digit, and the digit's step in it; None if several do."""
+    if 0 in shape:
+        return None
     below = 1
     for dim in reversed(range(len(shape))):
         if below <= step and step * num_samples <= below * shape[dim]:

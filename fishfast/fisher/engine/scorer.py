@@ -326,7 +326,7 @@ class Scorer:
             return
         inputs = [self.parameters[name] for name in names]
         if found.python and found.num_samples > 1:
-            self.backwards.refuse_added(losses, inputs)
+            self.backwards.refuse_added(losses, inputs, found.python)
         with self.costs.of("fallback" if names else "backward", passes=len(losses)):
             for loss in losses:
                 recorder = SampleRecorder(self.interception.tracker, found, groups)

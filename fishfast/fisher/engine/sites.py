@@ -119,6 +119,8 @@ class Sites:
         known = [operand.tensor for operand in operands if operand is not None]
         if any(isinstance(v, Tensor) and not any(v is t for t in known) for v in others):
             return  # an argument made for this call alone
+        if any(isinstance(v, list) for v in others):
+            return  # the same object may hold something else by then
         state = {**rule.__dict__, "x": None}
         names = tuple(operand.names[0] for operand in operands if operand is not None)
         self._by_weight[id(RULES[func].weight_of(args, kwargs))] = _Site(

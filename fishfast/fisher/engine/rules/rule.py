@@ -55,6 +55,8 @@ class Rule(ABC):
         """Return the rule for a call, or None if it is not exact for it."""
         call = dict(zip(cls.arguments, args, strict=False))
         call.update(kwargs)
+        # Settings as they are now: a list is the model's own, which it may change.
+        call = {name: tuple(v) if isinstance(v, list) else v for name, v in call.items()}
         x = call.get("input")
         if not isinstance(x, Tensor) or x.is_complex():
             return None
