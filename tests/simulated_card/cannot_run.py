@@ -1,13 +1,10 @@
-"""The tests that need a real card, and why; and how many others there are."""
+"""The tests that need a real card, and why."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["LEAST_THAT_RUN", "why_not"]
-
-# Of a whole `pytest -m gpu --simulated-card`, which fails where fewer pass.
-LEAST_THAT_RUN = 1_000
+__all__ = ["why_not"]
 
 _REASONS: dict[str, tuple[str, ...]] = {
     "records a CUDA graph; test_capturable_simt.py replays the launches of one": (
