@@ -29,7 +29,8 @@ test: $(VENV)/installed
 test-long: $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --no-loadscope-reorder -m long
 
-# The tests for a GPU, on a card that is simulated: needs a torch without CUDA. CARD_TESTS=tests: all.
+# The tests for a GPU, on a card that is simulated: needs a torch without CUDA. With
+# CARD_TESTS=tests it runs all, in which a process may still die.
 CARD_LEAST ?= 115# must pass, or some were lost without a word
 CARD_TESTS ?= tests/test_simulated_card.py tests/test_cuda.py tests/test_capturable_cuda.py \
 	tests/test_topk_mask_cuda.py

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fishfast import _backend, _tables
 from fishfast.optim.update import Update
-from fishfast.training.values.write_values import TARGET_DTYPE
+from fishfast.training.values.write_values import TARGET_DTYPE, target_row
 
 __all__ = ["fill_scalars", "launch", "make_rows", "row_dtype"]
 
@@ -105,12 +105,11 @@ def _fill_addresses(rows: np.ndarray, updates: list[Update]) -> list[Tensor]:
     targets = []
     for update in updates:
         if update.target is None or update.weight is None:
-            targets.append((0, 0, 0, 0))
+            targets.append((0, 0, 0, False))
             continue
         offsets = update.target.offsets(update.weight)
         held.append(offsets)
-        storage, wide = _backend.STORAGE[update.weight.dtype], offsets.dtype == torch.int64
-        targets.append((update.weight.data_ptr(), offsets.data_ptr(), storage, wide))
+        targets.append(target_row(update.weight, offsets))
     rows["target"] = targets
     rows["grad"] = [update.grad.data_ptr() for update in updates]
     rows["values"] = [update.plain.data_ptr() for update in updates]

@@ -38,14 +38,13 @@ from fishfast.fisher.engine.rules import (
     autocast_input,
 )
 from fishfast.fisher.engine.shapes import expands, result_shape
-from fishfast.fisher.engine.sites import NEVER, Sites, records
+from fishfast.fisher.engine.sites import EAGER, LATER, LAZY, NEVER, Sites, records
 from fishfast.fisher.engine.small_calls import SmallCalls
 
 __all__ = [
     "EAGER", "LATER", "LAZY", "NEVER", "Interception", "Observer", "SecondDerivativeError",
 ]  # fmt: skip
 
-EAGER, LATER, LAZY = 0, 1, 2  # and NEVER
 _NONE: frozenset[str] = frozenset()
 
 # Called with an intercepted call's node, its input and the gradient of its output.

@@ -16,9 +16,10 @@ from torch import Tensor
 from fishfast.fisher.engine.operands import Operand, Tracker
 from fishfast.fisher.engine.rules import RULES, Rule
 
-__all__ = ["NEVER", "Sites", "records"]
+__all__ = ["EAGER", "LATER", "LAZY", "NEVER", "Sites", "records"]
 
-NEVER = 3  # the level of a parameter that is left to autograd; see interception.py
+# Levels of a parameter: how eagerly it is caught. NEVER: it is left to autograd.
+EAGER, LATER, LAZY, NEVER = range(4)
 
 
 class _Site(NamedTuple):

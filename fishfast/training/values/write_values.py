@@ -11,7 +11,7 @@ from torch import Tensor
 from fishfast import _backend, _tables
 from fishfast.training.values.target import Target
 
-__all__ = ["TARGET_DTYPE", "write_values"]
+__all__ = ["TARGET_DTYPE", "target_row", "write_values"]
 
 # csrc/launch.h, structs ScatterTarget and WriteRow.
 TARGET_DTYPE = np.dtype(
@@ -20,6 +20,17 @@ TARGET_DTYPE = np.dtype(
 _ROW_DTYPE = np.dtype([("target", TARGET_DTYPE), ("values", "<u8"), ("k", "<i8")])
 _TIME = 4.0  # nanoseconds for an entry
 _Place = tuple[Tensor, Target, Tensor]  # values, where they go, and the weight
+
+
+def target_row(weight: Tensor, offsets: Tensor) -> tuple[int, int, int, bool]:
+    """Return a weight as a row's ``target``.
+
+    Args:
+        weight: of a dtype that kernels write.
+        offsets: where its entries lie in its storage.
+    """
+    storage, wide = _backend.STORAGE[weight.dtype], offsets.dtype == torch.int64
+    return weight.data_ptr(), offsets.data_ptr(), storage, wide
 
 
 def write_values(places: Sequence[tuple[Tensor, Target]]) -> None:
@@ -60,10 +71,8 @@ def _is_compiled_for(values: Tensor, weight: Tensor) -> bool:
 def _write_compiled(places: list[_Place], device: torch.device) -> None:
     rows = np.zeros(len(places), _ROW_DTYPE)
     offsets = [target.offsets(weight) for _, target, weight in places]
-    wide = torch.int64
     rows["target"] = [
-        (weight.data_ptr(), where.data_ptr(), _backend.STORAGE[weight.dtype], where.dtype == wide)
-        for where, (_, _, weight) in zip(offsets, places, strict=True)
+        target_row(weight, where) for where, (_, _, weight) in zip(offsets, places, strict=True)
     ]
     rows["values"] = [values.data_ptr() for values, _, _ in places]
     counts = tuple(values.numel() for values, _, _ in places)
