@@ -36,7 +36,7 @@ CARD_TESTS ?= tests/test_simulated_card.py tests/test_cuda.py tests/test_captura
 	tests/test_topk_mask_cuda.py
 test-card: $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --no-loadscope-reorder -m gpu \
-		--simulated-card=$(CARD_LEAST) $(CARD_TESTS)
+		--simulated-card --card-least=$(CARD_LEAST) $(CARD_TESTS)
 
 # Before a release: everything at its newest, in an environment of its own.
 test-newest:

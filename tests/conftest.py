@@ -41,16 +41,14 @@ pytest.register_assert_rewrite(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option."""
+    """Add the options of the simulated card."""
     parser.addoption(
         "--simulated-card",
-        nargs="?",
-        type=int,
-        const=1,
-        default=0,
-        metavar="LEAST",
-        help="run the tests marked gpu on a card that is not there (tests/simulated_card); "
-        "so many at least must pass",
+        action="store_true",
+        help="run the tests marked gpu on a card that is not there (tests/simulated_card)",
+    )
+    parser.addoption(
+        "--card-least", type=int, default=1, help="with it: so many tests at least must pass"
     )
 
 

@@ -118,7 +118,7 @@ class SimulatedCard:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         if hasattr(config, "workerinput") or reporter is None:
             return
-        passed, least = len(reporter.stats.get("passed", [])), config.option.simulated_card
+        passed, least = len(reporter.stats.get("passed", [])), config.option.card_least
         reporter.write_line(f"\nsimulated card: {passed:,} tests passed, at least {least:,} must")
         if passed < least:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
